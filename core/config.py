@@ -1,0 +1,200 @@
+"""What one trial is: a flat, frozen record of every setting that training reads.
+
+Search spaces produce it, `core` components get plain arguments taken from it, and MLflow shows its
+fields as parameters. Cross-field rules live here, so that a trial that passes is a trial that runs.
+A parameter that does not apply to the choice made (momentum without SGD) keeps its default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import InputError, unknown_name
+
+MODES = ("probe", "finetune")
+POOLINGS = ("avg", "max")
+FEATURE_NORMS = ("standardize", "none")
+CLASS_WEIGHTS = ("none", "sqrt_inverse", "inverse")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialConfig:
+    """The settings of one trial. All ranges are inclusive unless said otherwise."""
+
+    backbone: str
+    """Name in the backbone registry: `ffn`, a torchvision model, `timm/NAME` or `onnx/FILE`."""
+    mode: str = "probe"
+    """`probe`: head on cached features of the frozen backbone; `finetune`: backbone layers too."""
+    pooling: str = "avg"
+    """How a spatial feature map becomes one vector: `avg` or `max`. Not read by the csra head."""
+    feature_norm: str = "standardize"
+    """`standardize`: features are shifted and scaled per dimension by training-split statistics."""
+    head: str = "linear"
+    """`linear`, `mlp` or `csra`."""
+    hidden_sizes: tuple[int, ...] = ()
+    """Widths of the hidden layers of an `mlp` head, first to last; at least one for `mlp`."""
+    dropout: float = 0.0
+    """Probability of zeroing an input of each layer of the head, 0 <= p < 1. Not for csra."""
+    csra_lambda: float = 0.1
+    """Weight of the residual attention term of a `csra` head, >= 0."""
+    csra_temperature: float = 1.0
+    """Sharpness of the attention of a `csra` head, > 0; above 98: the maximum, as published."""
+    loss: str = "bce"
+    """`bce`, `cross_entropy`, `focal` or `asymmetric`."""
+    gamma: float = 2.0
+    """Focusing exponent of `focal`, >= 0."""
+    gamma_positive: float = 1.0
+    """Focusing exponent of `asymmetric` on positive labels, >= 0."""
+    gamma_negative: float = 4.0
+    """Focusing exponent of `asymmetric` on negative labels, >= 0."""
+    clip: float = 0.05
+    """Probability margin of `asymmetric` below which negatives cost nothing, 0 <= m < 1."""
+    label_smoothing: float = 0.0
+    """Share of the target moved to the other outcome (bce family) or classes (ce), 0 <= s < 1."""
+    class_weights: str = "none"
+    """Weight of a class' positive labels by its training frequency: see `core.losses`."""
+    optimizer: str = "adamw"
+    """`sgd`, `adam`, `adamw` or `rmsprop`."""
+    lr: float = 1e-3
+    """Peak learning rate, > 0."""
+    weight_decay: float = 0.0
+    """Decay of the weights (never of biases), >= 0; decoupled for adamw, L2 for the others."""
+    momentum: float = 0.0
+    """Momentum of `sgd`, 0 <= m < 1."""
+    nesterov: bool = False
+    """Nesterov momentum for `sgd`; needs momentum > 0."""
+    beta1: float = 0.9
+    """First-moment decay of `adam` and `adamw`, 0 <= b < 1."""
+    beta2: float = 0.999
+    """Second-moment decay of `adam` and `adamw`, 0 <= b < 1."""
+    alpha: float = 0.99
+    """Squared-gradient smoothing of `rmsprop`, 0 <= a < 1."""
+    schedule: str = "constant"
+    """`constant`, `cosine` (with warm-up) or `one_cycle`."""
+    warmup_fraction: float = 0.0
+    """Share of all steps in which the rate rises: `cosine` 0 <= f < 1, `one_cycle` 0 < f < 1."""
+    epochs: int = 30
+    """Passes over the training split, >= 1."""
+    batch_size: int = 256
+    """Pictures a step, >= 1. Trials of one cohort share it."""
+    seed: int = 0
+    """Seeds the head's initial weights and dropout, 0 <= seed < 2**63. The order of batches is the
+    study's."""
+    unfrozen_stages: int = 0
+    """`finetune`: how many stages, counted from the output, are trained; 0 is the head alone."""
+    head_lr_multiplier: float = 1.0
+    """`finetune`: the head's learning rate over the backbone's, > 0."""
+    image_size: int | None = None
+    """Side of the square input in pixels, >= 16; None for the backbone's own."""
+    horizontal_flip: bool = False
+    """`finetune`: mirror each training picture with probability one half."""
+
+    def __post_init__(self) -> None:
+        """Raises InputError that names the parameter, its value and the rule."""
+        from .heads import HEADS
+        from .losses import LOSSES
+        from .optimizers import OPTIMIZERS
+        from .schedules import SCHEDULES
+
+        for key, valid in (
+            ("mode", MODES),
+            ("pooling", POOLINGS),
+            ("feature_norm", FEATURE_NORMS),
+            ("head", HEADS),
+            ("loss", LOSSES),
+            ("class_weights", CLASS_WEIGHTS),
+            ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES),
+        ):
+            if getattr(self, key) not in valid:
+                raise unknown_name(key, getattr(self, key), valid, where=key)
+        _check(self, "lr > 0", "lr", self.lr > 0)
+        for key in ("csra_temperature", "head_lr_multiplier"):
+            _check(self, f"{key} > 0", key, getattr(self, key) > 0)
+        for key in ("csra_lambda", "gamma", "gamma_positive", "gamma_negative", "weight_decay"):
+            _check(self, f"{key} >= 0", key, getattr(self, key) >= 0)
+        for key in (
+            "dropout",
+            "clip",
+            "label_smoothing",
+            "momentum",
+            "beta1",
+            "beta2",
+            "alpha",
+            "warmup_fraction",
+        ):
+            _check(self, f"0 <= {key} < 1", key, 0 <= getattr(self, key) < 1)
+        for key in ("epochs", "batch_size"):
+            _check(self, f"{key} >= 1", key, getattr(self, key) >= 1)
+        _check(self, "0 <= seed < 2**63", "seed", 0 <= self.seed < 2**63)
+        _check(self, "unfrozen_stages >= 0", "unfrozen_stages", self.unfrozen_stages >= 0)
+        _check(self, "every width >= 1", "hidden_sizes", all(w >= 1 for w in self.hidden_sizes))
+        _check(
+            self,
+            "an mlp head has at least one hidden layer, other heads have none",
+            "hidden_sizes",
+            (self.head == "mlp") == bool(self.hidden_sizes),
+        )
+        _check(
+            self, "nesterov needs momentum > 0", "nesterov", not self.nesterov or self.momentum > 0
+        )
+        _check(
+            self,
+            "one_cycle needs warmup_fraction > 0",
+            "warmup_fraction",
+            self.schedule != "one_cycle" or self.warmup_fraction > 0,
+        )
+        _check(
+            self, "image_size >= 16", "image_size", self.image_size is None or self.image_size >= 16
+        )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrialConfig:
+        """Build from a flat mapping (JSON or a sampled space): lists become tuples, whole floats
+        become ints where an int is meant. Unknown keys raise InputError with the valid ones."""
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        for key in values:
+            if key not in fields:
+                raise unknown_name("parameter", key, fields, where=key)
+        if "backbone" not in values:
+            raise InputError("no backbone is given", where="backbone")
+        return cls(**{key: _coerce(key, fields[key].type, value) for key, value in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The flat mapping that `from_dict` reads; tuples become lists, so that it is JSON."""
+        values = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def _check(config: TrialConfig, rule: str, key: str, holds: bool) -> None:
+    if not holds:
+        raise InputError(f"{rule} must hold, but got {key}={getattr(config, key)!r}", where=key)
+
+
+def _coerce(key: str, kind: object, value: Any) -> Any:
+    """A value of the annotated type, or InputError. Annotations are strings in this module."""
+    if kind == "tuple[int, ...]":
+        items = value if isinstance(value, (list, tuple)) else [value]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in items):
+            raise InputError(f"expected a list of whole numbers, but got {value!r}", where=key)
+        return tuple(items)
+    if kind == "int | None" and value is None:
+        return None
+    if kind == "bool":
+        if isinstance(value, bool):
+            return value
+        raise InputError(f"expected true or false, but got {value!r}", where=key)
+    if kind == "str":
+        if isinstance(value, str):
+            return value
+        raise InputError(f"expected a name, but got {value!r}", where=key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise InputError(f"expected a finite number, but got {value!r}", where=key)
+    if kind in ("int", "int | None"):
+        if value != int(value):
+            raise InputError(f"expected a whole number, but got {value!r}", where=key)
+        return int(value)
+    return float(value)

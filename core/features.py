@@ -1,0 +1,163 @@
+"""Features of frozen backbones: computed once for each picture set, kept, and shared.
+
+Content-addressed (`core.shards`): a key covers everything that changes the values, which is
+picture bytes and their order, size, resizing, backbone, weights, pooling and type.
+N pictures, D features, P places of a map.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .encoders import Encoder, pool, weights_fingerprint
+from .pixels import Pictures, Progress
+from .shards import ShardedMatrix, content_key
+
+MAP = "map"
+"""The pooling of features that keep their places: [N, P, D] for csra heads."""
+PIXELS = "pixels"
+"""In the place of a pooling: the decoded pictures themselves, which fine-tuning reads."""
+BATCH = 32
+"""Pictures in one forward pass of a frozen backbone, unless told otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSpec:
+    """What a feature matrix is; the hash of this is its name in the cache."""
+
+    pictures: str
+    """Fingerprint of the picture contents, in the order of rows."""
+    backbone: str
+    weights: str
+    """Fingerprint of the backbone's weights."""
+    input_size: int
+    resize: str
+    pooling: str
+    """`avg`, `max` or `map`."""
+    dtype: str
+    """Type in which features are kept."""
+
+    @property
+    def key(self) -> str:
+        return content_key(asdict(self))
+
+
+def describe_features(encoder: Encoder, *, pictures: str, pooling: str) -> FeatureSpec:
+    """The spec of an encoder's features. Maps are kept in half precision: they are P times the
+    size, and the head that reads them averages over places."""
+    return FeatureSpec(
+        pictures=pictures,
+        backbone=encoder.backbone.name,
+        weights=weights_fingerprint(encoder),
+        input_size=encoder.backbone.input_size,
+        resize=encoder.backbone.resize,
+        pooling=pooling,
+        dtype="float16" if pooling == MAP else "float32",
+    )
+
+
+def feature_store(
+    cache: Path, spec: FeatureSpec, *, num_images: int, row_shape: tuple[int, ...]
+) -> ShardedMatrix:
+    """The feature matrix of `spec` under `cache`, made empty if it is new."""
+    return ShardedMatrix(
+        cache / "features" / spec.key,
+        spec=asdict(spec),
+        num_rows=num_images,
+        row_shape=row_shape,
+        dtype=spec.dtype,
+    )
+
+
+def feature_shape(encoder: Encoder, pooling: str) -> tuple[int, ...]:
+    """Shape of one picture's features: (D,), or (P, D) for maps."""
+    if pooling != MAP:
+        return (encoder.num_features,)
+    size = encoder.backbone.input_size
+    with torch.inference_mode():
+        map_NDhw = encoder(torch.zeros(1, 3, size, size, device=encoder.mean.device))
+    return (map_NDhw.shape[2] * map_NDhw.shape[3], map_NDhw.shape[1])
+
+
+def compute_features(
+    encoder: Encoder,
+    store: ShardedMatrix,
+    *,
+    pooling: str,
+    pictures_of: Callable[[int], Pictures],
+    shards: Sequence[int],
+    device: torch.device | str = "cpu",
+    batch_size: int = BATCH,
+    progress: Progress | None = None,
+) -> None:
+    """Fill some shards of a feature matrix. The next shard's pictures are read meanwhile.
+
+    Args:
+        encoder: frozen; moved to `device` and put in evaluation mode.
+        store: the matrix to fill.
+        pooling: `avg`, `max` or `map`.
+        pictures_of: shard -> its uint8 pictures [n, size, size, 3].
+        shards: which ones, in this order.
+        batch_size: pictures a forward pass.
+        progress: called with (pictures done, pictures to do).
+    """
+    encoder = encoder.to(device).eval()
+    total = sum(store.shard_rows(s).stop - store.shard_rows(s).start for s in shards)
+    done = 0
+    for shard, pixels in _read_ahead(shards, pictures_of):
+        parts = []
+        for start in range(0, len(pixels), batch_size):
+            batch = pixels[start : start + batch_size]
+            parts.append(encode(encoder, batch, pooling=pooling, device=device).cpu())
+            done += len(batch)
+            if progress is not None:
+                progress(done, total)
+        store.write_shard(shard, torch.cat(parts).numpy())
+
+
+@torch.inference_mode()
+def encode(
+    encoder: Encoder, pictures_NhwC: Pictures, *, pooling: str, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Features of uint8 pictures [N, size, size, 3]: [N, D], or [N, P, D] for `map`."""
+    images = torch.from_numpy(pictures_NhwC).to(device).permute(0, 3, 1, 2)
+    map_NDhw: Tensor = encoder(images.float().div_(255))
+    if pooling == MAP:
+        return map_NDhw.flatten(2).transpose(1, 2)
+    return pool(map_NDhw, pooling)
+
+
+def _read_ahead(
+    shards: Sequence[int], read: Callable[[int], Pictures]
+) -> Iterator[tuple[int, Pictures]]:
+    """Each shard with what `read` gives for it, one read ahead in a thread."""
+    with ThreadPoolExecutor(1) as reader:
+        pending = [reader.submit(read, shards[0])] if shards else []
+        for place, shard in enumerate(shards):
+            current = pending.pop()
+            if place + 1 < len(shards):
+                pending.append(reader.submit(read, shards[place + 1]))
+            yield shard, current.result()
+
+
+def measure_rate(
+    encoder: Encoder, *, device: torch.device | str = "cpu", batch_size: int = BATCH
+) -> float:
+    """Pictures a second of the bare forward pass, from two timed batches after one to warm up."""
+    size = encoder.backbone.input_size
+    blank: Any = np.zeros((batch_size, size, size, 3), dtype=np.uint8)
+    encoder = encoder.to(device).eval()
+    encode(encoder, blank, pooling="avg", device=device)
+    started = time.perf_counter()
+    for _ in range(2):
+        encode(encoder, blank, pooling="avg", device=device).cpu()
+    return 2 * batch_size / (time.perf_counter() - started)

@@ -1,0 +1,312 @@
+"""Training heads on the features of a frozen backbone, many at a time.
+
+Trials whose heads share shape, batch size and feature scaling form one stack; all stacks of the
+call advance epoch by epoch together, so that the report sees every trial at the same age. A
+trial's value is its best epoch's validation objective, and the weights kept are that epoch's.
+With several folds a trial has one head a fold, and its metrics are means over the folds.
+N pictures, H heads, C classes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import TrialConfig
+from .inputs import FloatMatrix, HeadInputs, Rows
+from .metrics import f1, macro_recall, mean_average_precision, topk_recall
+from .report import CohortReport, Metrics, Outcome, Status, keep_going
+from .stack import HeadStack, bytes_of_head, structure
+
+METRICS: dict[str, Callable[..., Tensor]] = {
+    "top3_accuracy": topk_recall,
+    "mean_average_precision": mean_average_precision,
+}
+"""Objectives: (scores [H, N, C], targets [N, C], allow_nan) -> [H]; higher is better."""
+STACK_BYTES = 2 << 30
+"""Memory of one stack; more heads than fit form several."""
+
+
+def train_probes(
+    features: FloatMatrix,
+    targets_NC: Tensor,
+    folds: Sequence[tuple[Rows, Rows]],
+    configs: Sequence[TrialConfig],
+    *,
+    objective: str = "top3_accuracy",
+    report: CohortReport = keep_going,
+    order_seed: int = 0,
+    device: torch.device | str = "cpu",
+    keep_state: bool = False,
+) -> list[Outcome]:
+    """Train the head of every config on cached features and return what each came to.
+
+    Args:
+        features: [N, D], or [N, P, D] for csra heads; all configs fit them.
+        targets_NC: 0/1 targets, float32.
+        folds: (training rows, validation rows), once or once a fold.
+        configs: one a trial.
+        objective: which validation metric is the trial's value; see METRICS.
+        report: hears every epoch of all running trials, says which stop.
+        order_seed: seeds the order of batches, which trials share.
+        keep_state: return the first fold's best weights with each outcome.
+    """
+    groups = _group(features, targets_NC, folds, configs, objective, order_seed, device)
+    epoch = 0
+    while any(group.running for group in groups):
+        epoch += 1
+        latest: dict[int, Metrics] = {}
+        for group in groups:
+            latest |= group.train_epoch(epoch)
+        stops = frozenset(report(epoch, latest)) if latest else frozenset()
+        for group in groups:
+            group.let_leave(epoch, stops, keep_state)
+    outcomes = {place: outcome for group in groups for place, outcome in group.outcomes.items()}
+    return [outcomes[place] for place in range(len(configs))]
+
+
+def _group(
+    features: FloatMatrix,
+    targets_NC: Tensor,
+    folds: Sequence[tuple[Rows, Rows]],
+    configs: Sequence[TrialConfig],
+    objective: str,
+    order_seed: int,
+    device: torch.device | str,
+) -> list[_Group]:
+    """Configs that can share a stack, in order of first appearance, each within STACK_BYTES."""
+    by_key: dict[object, list[int]] = defaultdict(list)
+    for place, config in enumerate(configs):
+        by_key[(structure(config), config.batch_size, config.feature_norm)].append(place)
+    inputs: dict[str, list[HeadInputs]] = {}
+    groups = []
+    for places in by_key.values():
+        first = configs[places[0]]
+        if first.feature_norm not in inputs:
+            inputs[first.feature_norm] = [
+                HeadInputs(features, norm=first.feature_norm, train_rows=train, device=device)
+                for train, _ in folds
+            ]
+        size = sum(
+            bytes_of_head(
+                first,
+                num_features=features.shape[-1],
+                num_classes=targets_NC.shape[1],
+                num_evaluated=len(validation),
+            )
+            for _, validation in folds
+        )
+        count = max(1, STACK_BYTES // size)
+        for start in range(0, len(places), count):
+            part = {p: configs[p] for p in places[start : start + count]}
+            groups.append(
+                _Group(part, inputs[first.feature_norm], targets_NC, folds, objective, order_seed)
+            )
+    return groups
+
+
+class _Group:
+    """Trials that share a stack (one stack a fold): their heads, curves and ends."""
+
+    def __init__(
+        self,
+        configs: dict[int, TrialConfig],
+        inputs: Sequence[HeadInputs],
+        targets_NC: Tensor,
+        folds: Sequence[tuple[Rows, Rows]],
+        objective: str,
+        order_seed: int,
+    ) -> None:
+        first = next(iter(configs.values()))
+        self.configs = configs
+        self.batch_size = first.batch_size
+        self.objective = objective
+        self.order_seed = order_seed
+        self.curves: dict[int, list[dict[str, float]]] = {place: [] for place in configs}
+        self.best: dict[int, tuple[float, int]] = {}
+        self.seconds: dict[int, float] = dict.fromkeys(configs, 0.0)
+        self.diverged: dict[int, str] = {}
+        self.outcomes: dict[int, Outcome] = {}
+        self.folds = [
+            _Fold(list(configs.values()), fold_inputs, targets_NC, train, validation, self)
+            for fold_inputs, (train, validation) in zip(inputs, folds, strict=True)
+        ]
+        self._places = list(configs)
+
+    @property
+    def running(self) -> list[int]:
+        """Places of the trials still in the stack, in stack order."""
+        return [self._places[m] for m in self.folds[0].stack.members]
+
+    def train_epoch(self, epoch: int) -> dict[int, Metrics]:
+        """One pass over the training rows and one look at the validation rows; the metrics of
+        the trials that did not diverge, by place."""
+        running = self.running
+        if not running:
+            return {}
+        started = time.perf_counter()
+        folds = [fold.train_epoch(epoch) for fold in self.folds]
+        share = (time.perf_counter() - started) / len(running)
+        latest: dict[int, Metrics] = {}
+        improved = []
+        for stack_place, place in enumerate(running):
+            self.seconds[place] += share
+            metrics = {
+                name: float(np.mean([fold[name][stack_place] for fold in folds]))
+                for name in folds[0]
+            }
+            wrong = [f"{name} is {v}" for name, v in metrics.items() if not np.isfinite(v)]
+            if wrong:
+                self.diverged[place] = f"diverged in epoch {epoch}: {', '.join(wrong)}"
+                continue
+            self.curves[place].append(metrics)
+            latest[place] = metrics
+            value = metrics[f"validation_{self.objective}"]
+            if place not in self.best or value > self.best[place][0]:
+                self.best[place] = (value, epoch)
+                improved.append(stack_place)
+        for fold in self.folds:
+            fold.stack.remember(improved)
+        return latest
+
+    def let_leave(self, epoch: int, stops: frozenset[int], keep_state: bool) -> None:
+        """End the trials that are done, stopped or diverged, and take their heads out."""
+        stay, complete = [], []
+        for stack_place, place in enumerate(self.running):
+            if place in self.diverged:
+                self._end(place, Status.FAILED, self.diverged[place])
+            elif epoch >= self.configs[place].epochs:
+                complete.append((stack_place, place))
+            elif place in stops:
+                self._end(place, Status.PRUNED, f"pruned at epoch {epoch}")
+            else:
+                stay.append(stack_place)
+        if complete:
+            further = self._further_metrics([stack_place for stack_place, _ in complete])
+            for (stack_place, place), metrics in zip(complete, further, strict=True):
+                state = self.folds[0].stack.best_state(stack_place) if keep_state else None
+                self._end(place, Status.COMPLETE, "", metrics, state)
+        if len(stay) < len(self.running):
+            for fold in self.folds:
+                fold.stack.keep(stay)
+
+    def _further_metrics(self, stack_places: list[int]) -> list[dict[str, float]]:
+        folds = [fold.further_metrics(stack_places) for fold in self.folds]
+        return [
+            {name: float(np.mean([fold[i][name] for fold in folds])) for name in folds[0][i]}
+            for i in range(len(stack_places))
+        ]
+
+    def _end(
+        self,
+        place: int,
+        status: Status,
+        reason: str,
+        metrics: dict[str, float] | None = None,
+        state: dict[str, Tensor] | None = None,
+    ) -> None:
+        value, epoch = self.best.get(place, (None, None))
+        self.outcomes[place] = Outcome(
+            status=status,
+            reason=reason,
+            curve=tuple(self.curves[place]),
+            best_epoch=epoch,
+            best_value=value,
+            best_metrics=metrics or {},
+            seconds=self.seconds[place],
+            state=state,
+        )
+
+
+class _Fold:
+    """One stack on one fold's rows."""
+
+    def __init__(
+        self,
+        configs: Sequence[TrialConfig],
+        inputs: HeadInputs,
+        targets_NC: Tensor,
+        train: Rows,
+        validation: Rows,
+        group: _Group,
+    ) -> None:
+        self.inputs = inputs
+        self.targets_NC = targets_NC.to(inputs.device)
+        self.train = train
+        self.validation = validation
+        self.batch_size = group.batch_size
+        self.objective = group.objective
+        self.order_seed = group.order_seed
+        # As many training as validation rows, spread evenly: a training accuracy at little cost.
+        step = max(1, len(train) // len(validation))
+        self.train_sample = train[::step][: len(validation)]
+        self.stack = HeadStack(
+            configs,
+            num_features=inputs.num_features,
+            train_targets_NC=targets_NC[torch.from_numpy(train)],
+            steps_per_epoch=-(-len(train) // self.batch_size),
+            device=inputs.device,
+        )
+
+    def train_epoch(self, epoch: int) -> dict[str, list[float]]:
+        """Metrics of the epoch: name -> one value a head, in stack order; may be NaN."""
+        order = np.random.default_rng([self.order_seed, epoch]).permutation(self.train)
+        total_H = torch.zeros(len(self.stack), dtype=torch.float64, device=self.inputs.device)
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            losses_H = self.stack.step(self.inputs.batch(rows), self._targets(rows))
+            total_H += losses_H * len(rows)
+        return {
+            "train_loss": (total_H / len(order)).tolist(),
+            **self._evaluate(self.train_sample, "train", ["top3_accuracy"]),
+            **self._evaluate(
+                self.validation,
+                "validation",
+                list(dict.fromkeys(("top3_accuracy", self.objective))),
+            ),
+            "lr": [self.stack.rate(place) for place in range(len(self.stack))],
+        }
+
+    def _targets(self, rows: Rows) -> Tensor:
+        return self.targets_NC[torch.from_numpy(rows).to(self.inputs.device)]
+
+    @torch.no_grad()
+    def _evaluate(self, rows: Rows, part: str, names: Sequence[str]) -> dict[str, list[float]]:
+        targets_NC = self._targets(rows)
+        logits_NHC = self._over_blocks(rows, self.stack.logits)
+        values: dict[str, list[float]] = {}
+        if part == "validation":
+            values["validation_loss"] = self.stack.losses(logits_NHC, targets_NC).mean(0).tolist()
+        logits_HNC = logits_NHC.transpose(0, 1)
+        for name in names:
+            value_H = METRICS[name](logits_HNC, targets_NC, allow_nan=True)
+            values[f"{part}_{name}"] = value_H.tolist()
+        return values
+
+    def _over_blocks(self, rows: Rows, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """Logits [N, h, C] computed block by block, in bounded memory."""
+        size = self.stack.rows_at_once(self.inputs.num_places)
+        blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
+        return torch.cat([logits_of(self.inputs.batch(block)) for block in blocks])
+
+    def further_metrics(self, stack_places: list[int]) -> list[dict[str, float]]:
+        """Validation metrics of the remembered weights of some heads."""
+        targets_NC = self._targets(self.validation)
+        logits_NHC = self._over_blocks(
+            self.validation, lambda features: self.stack.best_logits(features, stack_places)
+        )
+        return [further_metrics(logits_NC, targets_NC) for logits_NC in logits_NHC.unbind(1)]
+
+
+def further_metrics(logits_NC: Tensor, targets_NC: Tensor) -> dict[str, float]:
+    """Validation metrics that are worth computing once a trial, at its best epoch."""
+    return {
+        "validation_mean_average_precision": float(mean_average_precision(logits_NC, targets_NC)),
+        "validation_macro_recall": float(macro_recall(logits_NC, targets_NC)),
+        "validation_micro_f1": f1(torch.sigmoid(logits_NC), targets_NC),
+    }

@@ -1,0 +1,197 @@
+"""One big matrix on disk that any number of workers fill in parts, and nobody fills twice.
+
+A plain `.npy` file, memory-mapped, beside one small JSON record a finished shard of rows with its
+checksum. A record appears (atomically) only after its rows are on disk, so a kill at any moment
+loses at most the shards in work, and what is damaged later is found and computed again. The
+folder's name is a hash of what the matrix is (`spec`), so that the same question finds it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InputError
+
+SHARD_ROWS = 256
+"""Rows of a shard: the most that a kill loses for each worker."""
+
+
+def content_key(spec: Mapping[str, object]) -> str:
+    """A name for what `spec` (JSON-able) describes: 24 hex digits of its SHA-256."""
+    text = json.dumps(spec, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+class ShardedMatrix:
+    """A matrix [num_rows, *row_shape] in `folder`, made there empty if it is not there yet.
+
+    Args:
+        folder: where it lives; on storage that all workers see.
+        spec: what it is, kept beside it for people (`spec.json`).
+        num_rows: rows in all.
+        row_shape: shape of one row.
+        dtype: numpy type of the values.
+
+    Raises:
+        InputError: the folder cannot be written, or the disk has no room for the matrix.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        spec: Mapping[str, object],
+        num_rows: int,
+        row_shape: tuple[int, ...],
+        dtype: str,
+    ) -> None:
+        self.folder = folder
+        self.num_rows = num_rows
+        self.shape = (num_rows, *row_shape)
+        self.dtype = np.dtype(dtype)
+        self._matrix_path = folder / "matrix.npy"
+        try:
+            (folder / "shards").mkdir(parents=True, exist_ok=True)
+            write_json(folder / "spec.json", spec)
+            self._create()
+        except OSError as error:
+            raise InputError(
+                f"the cache cannot be written ({error.strerror or error})",
+                where=str(folder),
+                hint="make room, or name another folder with TUNER_HOME",
+            ) from error
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the matrix when it is full."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_rows // SHARD_ROWS)
+
+    def shard_rows(self, shard: int) -> slice:
+        """The rows of one shard; the last may be shorter."""
+        return slice(shard * SHARD_ROWS, min((shard + 1) * SHARD_ROWS, self.num_rows))
+
+    def has(self, shard: int) -> bool:
+        """Whether a shard is finished."""
+        return self._record(shard).exists()
+
+    def missing_shards(self) -> list[int]:
+        """Shards without a record."""
+        done = {int(p.stem) for p in (self.folder / "shards").glob("*.json")}
+        return [shard for shard in range(self.num_shards) if shard not in done]
+
+    def write_shard(self, shard: int, values: npt.NDArray[Any]) -> None:
+        """Put a shard's rows in place, flush them, then leave its record.
+
+        Raises:
+            ValueError: values of another shape.
+            FloatingPointError: a value is not finite.
+            OSError: the disk is full.
+        """
+        rows = self.shard_rows(shard)
+        if values.shape != (rows.stop - rows.start, *self.shape[1:]):
+            raise ValueError(f"shard {shard} must be {self.shape[1:]} a row, got {values.shape}")
+        values = np.ascontiguousarray(values, dtype=self.dtype)
+        if not np.isfinite(values).all():
+            raise FloatingPointError(f"shard {shard} of {self.folder} holds values not finite")
+        with self._matrix_path.open("r+b") as file:
+            file.seek(self._offset(rows.start))
+            file.write(values.data)
+            file.flush()
+            os.fsync(file.fileno())
+        record = {"rows": [rows.start, rows.stop], "blake2b": _checksum(values.data)}
+        write_json(self._record(shard), record)
+
+    def verify(self, shards: Iterable[int] | None = None) -> list[int]:
+        """Compare finished shards (of those given, or all) with their checksums; forget the
+        damaged ones and name them."""
+        damaged = []
+        matrix = self.open()
+        for shard in range(self.num_shards) if shards is None else shards:
+            if not self.has(shard):
+                continue
+            try:
+                expected = json.loads(self._record(shard).read_text())["blake2b"]
+            except (ValueError, KeyError, TypeError):
+                expected = None
+            if _checksum(np.ascontiguousarray(matrix[self.shard_rows(shard)]).data) != expected:
+                self._record(shard).unlink(missing_ok=True)
+                damaged.append(shard)
+        return damaged
+
+    def open(self) -> npt.NDArray[Any]:
+        """The matrix, memory-mapped and read-only: shared by all processes of a machine."""
+        return np.lib.format.open_memmap(self._matrix_path, mode="r")
+
+    def _record(self, shard: int) -> Path:
+        return self.folder / "shards" / f"{shard:06d}.json"
+
+    def _create(self) -> None:
+        """Have whoever comes first make an empty (sparse) file; the others wait, then use it."""
+        if not self._fits():
+            with _locked(self.folder / ".lock"):
+                if not self._fits():
+                    self._create_alone()
+
+    def _create_alone(self) -> None:
+        room = shutil.disk_usage(self.folder).free
+        if room < self.num_bytes:
+            raise OSError(f"{self.num_bytes:,} bytes are needed and {room:,} are free")
+        for record in (self.folder / "shards").glob("*.json"):
+            record.unlink(missing_ok=True)
+        draft = self.folder / f".{secrets.token_hex(8)}.npy"
+        try:
+            np.lib.format.open_memmap(draft, mode="w+", dtype=self.dtype, shape=self.shape)
+            os.replace(draft, self._matrix_path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def _fits(self) -> bool:
+        """Whether the file there is a matrix of this shape and type, in full length."""
+        try:
+            matrix = self.open()
+        except (ValueError, OSError):
+            return False
+        return matrix.shape == self.shape and matrix.dtype == self.dtype
+
+    def _offset(self, row: int) -> int:
+        matrix = self.open()
+        assert isinstance(matrix, np.memmap)
+        return int(matrix.offset) + row * int(np.prod(self.shape[1:])) * self.dtype.itemsize
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that other processes wait for; the system frees it when a process dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never a part."""
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        draft.write_text(json.dumps(value, indent=1, sort_keys=True))
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _checksum(data: memoryview) -> str:
+    return hashlib.blake2b(data.cast("B"), digest_size=16).hexdigest()

@@ -1,0 +1,314 @@
+"""Many heads trained as one: stacked tensors, a few big matrix products instead of many small.
+
+All heads of a stack see the same batches and have the same shape; everything else (loss, rates,
+optimizer, dropout, seed, length) is each head's own. A head in a stack equals the same head
+trained alone with `torch.optim` (tests/contracts/test_stack.py). Heads leave without touching
+the others. Letters: H heads, B batch, D features, P places of a map, K outputs of a layer,
+C classes, T steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import TrialConfig
+from .heads import HEADS, attend, build_head
+from .losses import LOSSES, class_weights
+from .optimizers import OPTIMIZERS, Settings
+from .schedules import rate_factors
+
+CPU_CHUNK = 1 << 17
+"""Weights updated at a time on a CPU, so that the passes of an update stay in its cache."""
+EVALUATION_VALUES = 1 << 24
+"""Outputs of a layer held at once while evaluating: bounds memory, not results."""
+
+
+def structure(config: TrialConfig) -> tuple[object, ...]:
+    """What heads must share to be stacked."""
+    return (config.head, config.hidden_sizes, config.dropout > 0 and config.head != "csra")
+
+
+def bytes_of_head(
+    config: TrialConfig, *, num_features: int, num_classes: int, num_evaluated: int
+) -> int:
+    """Memory of one stacked head: weights, gradient, two slots, best weights, and the logits of
+    the pictures it is evaluated on with two temporaries of their size."""
+    widths = [num_features, *config.hidden_sizes, num_classes]
+    weights = sum((inputs + 1) * outputs for inputs, outputs in itertools.pairwise(widths))
+    return 4 * (5 * weights + 3 * num_evaluated * num_classes)
+
+
+class HeadStack:
+    """The heads of `configs`, which share `structure`, as stacked parameters.
+
+    `members` are the places in `configs` of the heads still in the stack, in stack order.
+
+    Args:
+        configs: one a head.
+        num_features: D.
+        train_targets_NC: 0/1 targets of the training split, for class weights.
+        steps_per_epoch: batches in one pass, for schedules.
+        device: where the stack lives.
+    """
+
+    def __init__(
+        self,
+        configs: Sequence[TrialConfig],
+        *,
+        num_features: int,
+        train_targets_NC: Tensor,
+        steps_per_epoch: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if len({structure(c) for c in configs}) != 1:
+            raise ValueError("heads of one stack must have one structure")
+        self.configs = list(configs)
+        self.device = torch.device(device)
+        num_classes = train_targets_NC.shape[1]
+        # Runs of equal loss, then equal optimizer, let each be computed on one slice.
+        self.members = sorted(
+            range(len(configs)), key=lambda i: (configs[i].loss, configs[i].optimizer, i)
+        )
+        members = [configs[i] for i in self.members]
+        heads = [
+            build_head(num_features=num_features, num_classes=num_classes, **head_settings(c))
+            for c in members
+        ]
+        self.params: list[Tensor] = [
+            torch.stack([p.detach() for p in params]).to(self.device).requires_grad_()
+            for params in zip(*(h.parameters() for h in heads), strict=True)
+        ]
+        num_slots = max(OPTIMIZERS[c.optimizer].num_slots for c in members)
+        self.slots = [[torch.zeros_like(p) for p in self.params] for _ in range(num_slots)]
+        self.best = [p.detach().clone() for p in self.params]
+        self.step_number = 0
+        self._rates_HT = self._schedule(members, steps_per_epoch)
+        self._settings = self._setting_tensors(members)
+        self._any_smoothing = any(c.label_smoothing > 0 for c in members)
+        self._class_weights_HC = self._class_weight_tensor(members, train_targets_NC)
+        self._dropouts = [
+            torch.Generator(self.device).manual_seed(c.seed) if c.dropout > 0 else None
+            for c in members
+        ]
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    @property
+    def member_configs(self) -> list[TrialConfig]:
+        """The settings of the heads still in the stack, in stack order."""
+        return [self.configs[i] for i in self.members]
+
+    # ---- training -------------------------------------------------------------------------
+
+    def step(self, features: Tensor, targets_BC: Tensor) -> Tensor:
+        """One update of every head on one batch.
+
+        Features are [B, D], or [B, P, D] for csra. Returns the losses before the update [H],
+        detached, on the device.
+        """
+        logits_BHC = self.logits(features, training=True)
+        losses_H = self.losses(logits_BHC, targets_BC).mean(0)
+        grads = torch.autograd.grad(losses_H.sum(), self.params)
+        self._update(grads)
+        return losses_H.detach()
+
+    def logits(self, features: Tensor, *, training: bool = False) -> Tensor:
+        """Logits [B, H, C] of every head with its present weights; features as for `step`."""
+        return self._forward(self.params, self._settings, features, training)
+
+    @torch.no_grad()
+    def best_logits(self, features: Tensor, places: Sequence[int]) -> Tensor:
+        """Logits [B, h, C] of the heads at these stack places with their remembered weights."""
+        index = torch.tensor(list(places), device=self.device)
+        settings = {key: value[index] for key, value in self._settings.items()}
+        return self._forward([b[index] for b in self.best], settings, features, False)
+
+    def _forward(
+        self, params: Sequence[Tensor], settings: Settings, features: Tensor, training: bool
+    ) -> Tensor:
+        layers = list(zip(params[::2], params[1::2], strict=True))
+        if HEADS[self.configs[0].head].spatial:
+            return _csra_logits(layers[0], settings, features)
+        dropping = training and self.configs[0].dropout > 0
+        return _layered_logits(layers, features, self._drop if dropping else None)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        """Inverted dropout with each head's own generator: [B, K] shared or [H, B, K] to the
+        latter."""
+        dropped = []
+        for i, generator in enumerate(self._dropouts):
+            assert generator is not None
+            x_BK = x if x.dim() == 2 else x[i]
+            keep = 1 - self.member_configs[i].dropout
+            mask_BK = torch.rand(x_BK.shape, generator=generator, device=x.device) < keep
+            dropped.append(x_BK * mask_BK / keep)
+        return torch.stack(dropped)
+
+    def losses(self, logits_BHC: Tensor, targets_BC: Tensor) -> Tensor:
+        """The loss of each picture for each head [B, H]."""
+        targets_B1C = targets_BC.unsqueeze(1)
+        losses = []
+        for name, run in self._runs("loss"):
+            loss = LOSSES[name]
+            settings = {k: self._settings[k][run].unsqueeze(1) for k in loss.parameters}
+            smoothing = self._settings["label_smoothing"][run].unsqueeze(1)
+            weights_HC = self._class_weights_HC
+            losses.append(
+                loss.function(
+                    logits_BHC[:, run],
+                    targets_B1C,
+                    label_smoothing=smoothing if self._any_smoothing else 0.0,
+                    class_weights_C=None if weights_HC is None else weights_HC[run],
+                    **settings,
+                )
+            )
+        return torch.cat(losses, dim=1)
+
+    @torch.no_grad()
+    def _update(self, grads: Sequence[Tensor]) -> None:
+        lr_H = self._rates_HT[:, self.step_number]
+        self.step_number += 1
+        for name, run in self._runs("optimizer"):
+            optimizer = OPTIMIZERS[name]
+            for p, (param, grad) in enumerate(zip(self.params, grads, strict=True)):
+                is_weight = p % 2 == 0
+                for part in self._chunks(run, param[0].numel()):
+                    shape = (-1, *[1] * (param.dim() - 1))
+                    settings = {
+                        key: self._settings[key][part].view(shape) for key in optimizer.parameters
+                    }
+                    settings["lr"] = lr_H[part].view(shape)
+                    decay = self._settings["weight_decay"][part].view(shape)
+                    settings["weight_decay"] = decay if is_weight else torch.zeros_like(decay)
+                    slots = [slot[p][part] for slot in self.slots[: optimizer.num_slots]]
+                    optimizer.update(param[part], grad[part], slots, self.step_number, settings)
+
+    def _chunks(self, run: slice, size: int) -> Iterator[slice]:
+        count = max(1, CPU_CHUNK // size) if self.device.type == "cpu" else run.stop - run.start
+        for start in range(run.start, run.stop, count):
+            yield slice(start, min(start + count, run.stop))
+
+    # ---- evaluation and leaving -----------------------------------------------------------
+
+    def rows_at_once(self, num_places: int) -> int:
+        """How many pictures a call of `logits` should get, to bound memory while evaluating."""
+        widest = max(param.shape[1] for param in self.params)
+        return max(1, EVALUATION_VALUES // (len(self) * num_places * widest))
+
+    def rate(self, place: int) -> float:
+        """The learning rate of the head's last step."""
+        return float(self._rates_HT[place, self.step_number - 1])
+
+    @torch.no_grad()
+    def remember(self, places: Sequence[int]) -> None:
+        """Keep the present weights of the heads at these stack places as their best."""
+        if places:
+            index = torch.tensor(places, device=self.device)
+            for best, param in zip(self.best, self.params, strict=True):
+                best[index] = param[index]
+
+    def best_state(self, place: int) -> dict[str, Tensor]:
+        """The remembered weights of one head, named as in its module of `core.heads`."""
+        names = [f"layers.{i // 2}.{('weight', 'bias')[i % 2]}" for i in range(len(self.best))]
+        return {n: b[place].detach().cpu().clone() for n, b in zip(names, self.best, strict=True)}
+
+    @torch.no_grad()
+    def keep(self, places: Sequence[int]) -> None:
+        """Let all heads leave but those at these stack places (ascending)."""
+        index = torch.tensor(list(places), dtype=torch.long, device=self.device)
+        self.members = [self.members[i] for i in places]
+        self._dropouts = [self._dropouts[i] for i in places]
+        self.params = [p.detach()[index].requires_grad_() for p in self.params]
+        self.slots = [[s[index] for s in slot] for slot in self.slots]
+        self.best = [b[index] for b in self.best]
+        self._rates_HT = self._rates_HT[index]
+        self._settings = {k: v[index] for k, v in self._settings.items()}
+        if self._class_weights_HC is not None:
+            self._class_weights_HC = self._class_weights_HC[index]
+
+    # ---- set-up ---------------------------------------------------------------------------
+
+    def _runs(self, key: str) -> Iterator[tuple[str, slice]]:
+        """The longest slices of the stack whose heads have one value of `key`, in order."""
+        start = 0
+        values = [getattr(c, key) for c in self.member_configs]
+        for value, run in itertools.groupby(values):
+            stop = start + len(list(run))
+            yield value, slice(start, stop)
+            start = stop
+
+    def _schedule(self, members: Sequence[TrialConfig], steps_per_epoch: int) -> Tensor:
+        num_steps = max(c.epochs for c in members) * steps_per_epoch
+        rates_HT = torch.zeros(len(members), num_steps)
+        for row, c in zip(rates_HT, members, strict=True):
+            factors = rate_factors(
+                c.schedule,
+                num_steps=c.epochs * steps_per_epoch,
+                warmup_fraction=c.warmup_fraction,
+            )
+            row[: len(factors)] = torch.from_numpy(c.lr * factors)
+        return rates_HT.to(self.device)
+
+    def _setting_tensors(self, members: Sequence[TrialConfig]) -> dict[str, Tensor]:
+        keys = {"weight_decay", "label_smoothing", "csra_lambda", "csra_temperature"}
+        keys |= {k for c in members for k in LOSSES[c.loss].parameters}
+        keys |= {k for c in members for k in OPTIMIZERS[c.optimizer].parameters}
+        return {
+            k: torch.tensor([float(getattr(c, k)) for c in members], device=self.device)
+            for k in sorted(keys)
+        }
+
+    def _class_weight_tensor(
+        self, members: Sequence[TrialConfig], targets_NC: Tensor
+    ) -> Tensor | None:
+        if all(c.class_weights == "none" for c in members):
+            return None
+        ones_C = torch.ones(targets_NC.shape[1])
+        rows = [class_weights(c.class_weights, targets_NC.cpu()) for c in members]
+        return torch.stack([ones_C if row is None else row for row in rows]).to(self.device)
+
+
+def _layered_logits(
+    layers: Sequence[tuple[Tensor, Tensor]],
+    features_BD: Tensor,
+    drop: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    x_HBK: Tensor | None = None
+    for weight_HKD, bias_HK in layers:
+        if x_HBK is not None:
+            x_HBK = torch.relu(x_HBK)
+        if drop is not None:
+            x_HBK = drop(features_BD if x_HBK is None else x_HBK)
+        if x_HBK is None:
+            # All heads read the same features: one product for the whole stack.
+            flat = F.linear(features_BD, weight_HKD.flatten(0, 1), bias_HK.flatten())
+            x_HBK = flat.view(len(features_BD), len(bias_HK), -1).transpose(0, 1)
+        else:
+            x_HBK = torch.baddbmm(bias_HK.unsqueeze(1), x_HBK, weight_HKD.transpose(1, 2))
+    assert x_HBK is not None
+    return x_HBK.transpose(0, 1)
+
+
+def _csra_logits(layer: tuple[Tensor, Tensor], settings: Settings, features_BPD: Tensor) -> Tensor:
+    weight_HCD, bias_HC = layer
+    scores = F.linear(features_BPD, weight_HCD.flatten(0, 1), bias_HC.flatten())
+    scores_BPHC = scores.view(*features_BPD.shape[:2], *bias_HC.shape)
+    temperature = settings["csra_temperature"].view(1, 1, -1, 1)
+    attention = settings["csra_lambda"].view(1, -1, 1)
+    return scores_BPHC.mean(1) + attention * attend(scores_BPHC, temperature, dim=1)
+
+
+def head_settings(config: TrialConfig) -> dict[str, Any]:
+    """The arguments of `build_head` that a trial sets."""
+    return {
+        "kind": config.head,
+        "seed": config.seed,
+        **{key: getattr(config, key) for key in HEADS[config.head].parameters},
+    }

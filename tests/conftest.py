@@ -1,0 +1,29 @@
+"""Fixtures that every test may ask for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def _folder_from(variable: str) -> Path:
+    value = os.environ.get(variable)
+    if not value:
+        pytest.skip(f"{variable} is not set: it names a folder that this test needs")
+    folder = Path(value)
+    assert folder.is_dir(), f"{variable}={value} is not a folder"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def posters_dir() -> Path:
+    """The real posters (a folder with train.csv and Images/), from POSTERS_DIR."""
+    return _folder_from("POSTERS_DIR")
+
+
+@pytest.fixture(scope="session")
+def weights_dir() -> Path:
+    """A folder of pretrained weights, from WEIGHTS_DIR."""
+    return _folder_from("WEIGHTS_DIR")

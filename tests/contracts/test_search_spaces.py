@@ -1,0 +1,145 @@
+"""Every shipped search space, found by looking into the folder, proposes trials that can run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import jsonschema
+import optuna
+import pytest
+
+from core.config import MODES, TrialConfig
+from core.probe import METRICS
+from tuner.space import load_space, shipped_spaces
+from tuner.space_domain import Choice
+from tuner.space_file import SpaceSection
+from tuner.space_schema import json_schema, write_schema
+from tuner.space_source import read_yaml
+
+NUM_TRIALS = 200
+SPACES = sorted(shipped_spaces())
+FOLDER = Path(__file__).parents[2] / "search_spaces"
+
+
+def sample(name: str) -> tuple[list[dict[str, Any]], optuna.Study]:
+    space = load_space(name)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    return [space.suggest(study.ask()) for _ in range(NUM_TRIALS)], study
+
+
+def test_all_spaces_are_found() -> None:
+    assert SPACES == ["demo", "finetune", "probe", "seed"]
+    assert {path.name for path in FOLDER.iterdir() if path.name != "__pycache__"} == {
+        "schema.json",
+        *(f"{name}.yaml" for name in SPACES),
+    }
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_samples_are_valid_trials(name: str) -> None:
+    space = load_space(name)
+    points, study = sample(name)
+    for point, trial in zip(points, study.get_trials(deepcopy=False), strict=True):
+        config = TrialConfig.from_dict(json.loads(json.dumps(point)))
+        assert config.mode == space.mode
+        assert config.epochs <= space.max_epochs
+        assert space.from_params(trial.params) == point
+        assert space.to_params(point) == trial.params
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_every_choice_occurs(name: str) -> None:
+    points, study = sample(name)
+    stored = {(k, v) for t in study.get_trials(deepcopy=False) for k, v in t.params.items()}
+    num_choices = 0
+    for parameter in load_space(name).parameters.values():
+        for branch in parameter.branches:
+            if isinstance(branch.domain, Choice):
+                for option in branch.stored_options():
+                    assert (branch.key, option) in stored
+                    num_choices += 1
+            else:
+                assert any(parameter.name in point for point in points)
+    assert num_choices >= 4
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_file_says_what_it_is_and_names_its_schema(name: str) -> None:
+    path = shipped_spaces()[name]
+    assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n")
+    assert load_space(name).description
+
+
+def test_the_seed_comparison_is_ten_trials() -> None:
+    space = load_space("seed")
+    assert space.size() == space.trials == 10
+    settings = [space.from_params(params) for params in space.configurations()]
+    assert {(s["backbone"], s["loss"]) for s in settings} == {
+        (backbone, loss)
+        for backbone in ("ffn", "vgg16", "resnet50", "inception_v3", "efficientnet_b0")
+        for loss in ("bce", "cross_entropy")
+    }
+    for s in settings:
+        if s["backbone"] == "ffn":
+            assert (s["head"], s["hidden_sizes"]) == ("mlp", [1024, 512, 256])
+            assert (s["optimizer"], s["lr"]) == ("sgd", 0.05)
+        else:
+            assert (s["head"], s["optimizer"], s["lr"]) == ("linear", "adam", 1e-4)
+
+
+def test_schema_is_up_to_date(tmp_path: Path) -> None:
+    write_schema(tmp_path / "schema.json")
+    assert (tmp_path / "schema.json").read_text() == (FOLDER / "schema.json").read_text(), (
+        "write it anew: python -c 'from pathlib import Path; from tuner.space_schema import "
+        'write_schema; write_schema(Path("search_spaces/schema.json"))\''
+    )
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_shipped_spaces_fit_the_schema(name: str) -> None:
+    values, _ = read_yaml(shipped_spaces()[name])
+    validator = jsonschema.Draft202012Validator(json_schema())
+    validator.check_schema(json_schema())
+    assert list(validator.iter_errors(values)) == []
+    # What `space.to_dict()` writes (and a study stores) is a space too.
+    assert list(validator.iter_errors(load_space(name).to_dict())) == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"trails": 3},
+        {"trials": 0},
+        {"sampler": "tpee"},
+        {"sampler": {"name": "tpe", "startup": 3}},
+        {"pruner": {"name": "median", "reduction_factor": 3}},
+        {"parameters": {"head": "linear"}},
+        {"parameters": {"backbone": "ffn", "optimiser": "adam"}},
+        {"parameters": {"backbone": "ffn", "optimizer": ["adamm"]}},
+        {"parameters": {"backbone": "ffn", "lr": {"low": 0.1}}},
+        {"parameters": {"backbone": "ffn", "lr": {"low": 0.1, "high": 1, "when": {"x": 1}}}},
+        {"parameters": {"backbone": "ffn", "batch_size": {"low": 0.5, "high": 2}}},
+        {"parameters": {"backbone": "ffn", "head": []}},
+        {"parameters": {"backbone": "ffn", "loss": {"low": 1, "high": 2}}},
+        {"points": [{"lr": "fast"}]},
+    ],
+    ids=json.dumps,
+)
+def test_schema_refuses_mistakes(wrong: dict[str, Any]) -> None:
+    validator = jsonschema.Draft202012Validator(json_schema())
+    right: dict[str, Any] = {"parameters": {"backbone": "ffn"}}
+    assert validator.is_valid(right)
+    assert not validator.is_valid(right | wrong)
+
+
+def test_schema_describes_every_parameter() -> None:
+    properties = json_schema()["properties"]["parameters"]["properties"]
+    assert set(properties) == set(TrialConfig(backbone="ffn").to_dict()) - {"mode"}
+    assert all(value["description"] for value in properties.values())
+
+
+def test_words_agree_with_core() -> None:
+    assert get_args(SpaceSection.model_fields["mode"].annotation) == MODES
+    assert set(get_args(SpaceSection.model_fields["objective"].annotation)) <= set(METRICS)

@@ -1,0 +1,222 @@
+"""The command `tuner`. Each command reads its arguments and calls one function; imports wait
+until a command runs, so that `tuner --help` answers at once.
+
+Exit codes: 0 done; 1 an error of ours; 2 a mistake in what was handed in (`InputError`), said
+without a traceback; 130 stopped by a person, with the state kept.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from core.errors import InputError
+
+from . import cli_data, cli_models
+from .options import data_options, home_of, table_arguments
+
+INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="poster-tuner")
+def cli() -> None:
+    """Find the best multi-label picture classifier for your pictures.
+
+    \b
+      tuner search probe --data DIR    search, compare, register the best
+      tuner ui                         browse the trials in MLflow
+      tuner predict MODEL_URI IMAGE    use the best
+    """
+
+
+@cli.command()
+@click.argument("space")
+@data_options
+@click.option("--study", help="Name of the study. Default: the space's name and a number.")
+@click.option("--trials", type=int, help="Trials in all. Default: the space's.")
+@click.option("--hours", type=float, help="Start no trial after this time.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seeds split and search.")
+@click.option("--folds", type=int, help="Validate on this many folds instead of one part.")
+@click.option(
+    "--address", default="local", show_default=True,
+    help="Ray: `local` (this machine), `auto`, or HOST:PORT of a cluster's head.",
+)  # fmt: skip
+@click.option("--storage", help="Optuna's database URL. Default: a file in the study's folder.")
+@click.option("--tracking-uri", help="MLflow's address. Default: a store in the home folder.")
+@click.option("--model", help="Name to register the winner under. Default: the data folder's.")
+@click.option(
+    "--weights", metavar="DIR|none",
+    help="Folder of pretrained weights (NAME.pth), or `none` for random ones. "
+         "Default: downloaded by torchvision and timm.",
+)  # fmt: skip
+@click.option("--skip-bad-images", is_flag=True, help="Leave damaged pictures out, with a list.")
+@click.option("--dry-run", is_flag=True, help="Check everything, say what would run, and stop.")
+def search(
+    space: str,
+    study: str | None,
+    trials: int | None,
+    hours: float | None,
+    seed: int,
+    folds: int | None,
+    address: str,
+    storage: str | None,
+    tracking_uri: str | None,
+    model: str | None,
+    weights: str | None,
+    skip_bad_images: bool,
+    dry_run: bool,
+    **data: Any,
+) -> None:
+    """Search SPACE (a YAML file, or the name of a shipped one) for the best classifier of a table.
+
+    Every trial is logged to MLflow; the winner is scored on the test split and registered.
+    """
+    from rich.console import Console
+
+    from .preparation import SearchRequest
+    from .search import search as run_search
+    from .space import load_space
+    from .summary import print_end, print_plan
+
+    console = Console()
+    request = SearchRequest(
+        space=load_space(space),
+        data=table_arguments(data),
+        study=study,
+        trials=trials,
+        hours=hours,
+        seed=seed,
+        address=address,
+        storage=storage,
+        tracking_uri=tracking_uri,
+        model=model,
+        weights="none" if weights == "none" else "auto",
+        weights_dir=None if weights in (None, "none") else Path(str(weights)),
+        num_folds=folds,
+        skip_bad_images=skip_bad_images,
+    )
+    if dry_run:
+        print_plan(request, home_of(), console)
+        return
+    end = run_search(request, home_of(), console)
+    print_end(end, console)
+    if end.interrupted:
+        sys.exit(INTERRUPTED)
+
+
+@cli.command()
+@click.argument("study")
+@click.option("--trials", type=int, help="New number of trials in all. Default: as before.")
+@click.option("--hours", type=float, help="Start no trial after this time.")
+@click.option("--address", default="local", show_default=True, help="Ray: see `tuner search`.")
+def resume(study: str, trials: int | None, hours: float | None, address: str) -> None:
+    """Take up STUDY after an interruption, or add trials to it.
+
+    Finished trials are kept; those that were running are run again under their own numbers.
+    """
+    from rich.console import Console
+
+    from .search import resume as resume_search
+    from .study import open_study
+    from .summary import print_end
+
+    console = Console()
+    home = home_of()
+    end = resume_search(
+        open_study(home, study), home, console, trials=trials, hours=hours, address=address
+    )
+    print_end(end, console)
+    if end.interrupted:
+        sys.exit(INTERRUPTED)
+
+
+@cli.command()
+@click.argument("study")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a trial, a line each.")
+def trials(study: str, as_json: bool) -> None:
+    """List the trials of STUDY, best first."""
+    from rich.console import Console
+
+    from .study import open_study
+    from .summary import print_trials
+
+    print_trials(open_study(home_of(), study), Console(), as_json=as_json)
+
+
+@cli.group()
+def space() -> None:
+    """Search spaces: list, show and check them."""
+
+
+@space.command("list")
+def space_list() -> None:
+    """The spaces that come with the product."""
+    from rich.console import Console
+
+    from .summary import print_spaces
+
+    print_spaces(Console())
+
+
+@space.command("show")
+@click.argument("space")
+def space_show(space: str) -> None:
+    """Print a space's YAML: copy it to make your own."""
+    from .space import load_space, shipped_spaces
+
+    load_space(space)
+    click.echo(shipped_spaces().get(space, Path(space)).read_text(), nl=False)
+
+
+@space.command("check")
+@click.argument("space")
+def space_check(space: str) -> None:
+    """Check a space; says how many configurations it holds."""
+    from .space import load_space
+
+    found = load_space(space)
+    size = found.size()
+    number = "endlessly many" if size is None else f"{size:,}"
+    click.echo(
+        f"{found.name}: {len(found.parameters)} parameters, {number} configurations, "
+        f"{found.trials} trials by {found.sampler.name}, pruned by {found.pruner.name}"
+    )
+
+
+@cli.command()
+@click.option("--port", type=int, default=5000, show_default=True)
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--tracking-uri", help="MLflow's store. Default: the one in the home folder.")
+def ui(port: int, host: str, tracking_uri: str | None) -> None:
+    """Open the MLflow UI on the studies of this machine."""
+    from .ui import serve_ui
+
+    sys.exit(serve_ui(home_of(), host=host, port=port, tracking_uri=tracking_uri))
+
+
+cli.add_command(cli_data.data)
+cli.add_command(cli_models.predict)
+cli.add_command(cli_models.evaluate)
+
+
+def main() -> None:
+    """Entry point: mistakes of a person end with exit code 2 and no traceback."""
+    # Read by MLflow when it is imported: bars of its own would garble ours.
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    try:
+        cli(standalone_mode=False)
+    except InputError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped", err=True)
+        sys.exit(INTERRUPTED)

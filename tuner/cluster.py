@@ -1,0 +1,104 @@
+"""A Ray to work on: one of our own on this machine, or a cluster that is there.
+
+`local` never joins a cluster that happens to run here, and ends with us. How many cohorts run at
+once follows the devices: one a GPU; without GPUs one a machine, with all its cores, as a cohort's
+matrix products use them all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from core.errors import InputError
+
+LOCAL = "local"
+CONNECT_SECONDS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """How a study uses a cluster."""
+
+    count: int
+    """Cohorts, or extraction workers, at once."""
+    cpus: float
+    """Cores of each."""
+    gpus: float
+    """GPUs of each: 1 or 0."""
+
+    @property
+    def num_threads(self) -> int:
+        return max(1, int(self.cpus))
+
+
+@contextlib.contextmanager
+def cluster(address: str) -> Iterator[Workers]:
+    """Connect, and leave on exit; a Ray of our own is stopped.
+
+    Raises InputError if no cluster answers at the address.
+    """
+    if address != LOCAL:
+        _check_answers(address)
+    # Read by Ray when it is imported: no result files beside ours, and no advertisement.
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        raise RuntimeError("this process is connected to a Ray already")
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            include_dashboard=False if address == LOCAL else None,
+        )
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise InputError(
+            f"Ray cannot be reached ({str(error).splitlines()[0]})",
+            where=f"--address {address}",
+            hint="`local` for this machine alone, or HOST:PORT of a cluster's head",
+        ) from error
+    try:
+        yield _workers(ray.nodes())  # type: ignore[no-untyped-call]
+    finally:
+        ray.shutdown()
+
+
+def _workers(nodes: list[dict[str, object]]) -> Workers:
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    cpus = [float(r.get("CPU", 0)) for r in alive if isinstance(r, dict)]
+    gpus = [float(r.get("GPU", 0)) for r in alive if isinstance(r, dict)]
+    if sum(gpus) >= 1:
+        per_gpu = min(c / g for c, g in zip(cpus, gpus, strict=True) if g >= 1)
+        return Workers(count=int(sum(gpus)), cpus=float(max(1, int(per_gpu))), gpus=1.0)
+    usable = [c for c in cpus if c >= 1]
+    return Workers(count=len(usable), cpus=float(int(min(usable))), gpus=0.0)
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself waits for minutes where nobody answers."""
+    if address == "auto":
+        return
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not separator or not port.isdigit():
+        raise InputError(
+            "this is no address of a cluster",
+            where=f"--address {address}",
+            hint="`local`, `auto`, or HOST:PORT of the cluster's head",
+        )
+    try:
+        with socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS):
+            return
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"nothing answers there ({error})",
+            where=f"--address {address}",
+            hint="start a cluster (ray start --head), or leave the flag out for this machine",
+        ) from error

@@ -1,0 +1,168 @@
+"""A cohort: trials that share a backbone's features, trained in one Ray Tune trial.
+
+A Tune trial's worker is reused for the next cohort, and trains in its own process (Ray Train's
+local mode, `num_workers=0`): a worker group of its own would cost more than most cohorts train.
+Reports go to the driver with `tune.report`, which returns when the driver has read them; its
+answer waits in the channel. Nothing here knows Optuna or MLflow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from core.config import TrialConfig
+from core.errors import InputError
+from core.report import CohortReport, Metrics, Outcome, Status
+
+from .channel import ChannelHandle
+from .context import Context, build_backbone, prepare_worker, request_of
+
+REPORT_SECONDS = 1.0
+"""Between rungs a cohort reports at most this often, for the live table."""
+STATE_FILE_MODE = 0o644
+
+
+def run_cohort(job: Mapping[str, Any], context: Context, channel: ChannelHandle) -> None:
+    """The trainable of Ray Tune: trains a cohort, delivers one `Outcome` a trial.
+
+    `job` is Tune's config: `cohort` (its name), `numbers` and `trials` (numbers and settings of
+    the trials), `features` (folder of the matrix they read).
+    """
+    from ray import tune
+    from ray.train import ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    name = job["cohort"]
+    configs = [TrialConfig.from_dict(values) for values in job["trials"]]
+    report = _tune_report(name, context, channel, tune.report)
+
+    def train_loop() -> list[Outcome]:
+        return train_cohort(
+            context, configs, numbers=job["numbers"], features=job["features"], report=report
+        )
+
+    # Ray's types leave out that a loop may take and, in local mode, return what it likes.
+    trainer: Any = TorchTrainer(
+        cast("Callable[[], None]", train_loop), scaling_config=ScalingConfig(num_workers=0)
+    )
+    try:
+        outcomes = trainer.fit().return_value
+    except InputError as error:
+        # A trial that cannot run is a result; anything else is for Tune to retry.
+        outcomes = [Outcome(status=Status.FAILED, reason=str(error)) for _ in configs]
+    except Exception as error:
+        channel.deliver(name, f"{type(error).__name__}: {error}")
+        raise
+    channel.deliver(name, outcomes)
+    tune.report({"epoch": 0, "places": [], "values": []})
+
+
+def train_cohort(
+    context: Context,
+    configs: Sequence[TrialConfig],
+    *,
+    numbers: Sequence[int],
+    features: str,
+    report: CohortReport,
+    keep_state: bool = False,
+) -> list[Outcome]:
+    """Train trials that share a request: probes in stacks, a fine-tuning trial by itself.
+
+    A fine-tuned trial's weights go to `context.state_path`, as they are big; a probe's come back
+    with its outcome if `keep_state`. Raises InputError for trials that cannot run.
+    """
+    import torch
+
+    from core.probe import train_probes
+
+    device = prepare_worker(context)
+    targets_NC = torch.from_numpy(context.table.targets_NC).float()
+    if configs[0].mode == "finetune":
+        return [
+            _finetune(context, config, number, features, targets_NC, report, device)
+            for config, number in zip(configs, numbers, strict=True)
+        ]
+    return train_probes(
+        open_matrix(features),
+        targets_NC,
+        context.split.pairs(),
+        configs,
+        objective=context.objective,
+        report=report,
+        order_seed=context.seed,
+        device=device,
+        keep_state=keep_state,
+    )
+
+
+def open_matrix(folder: str) -> npt.NDArray[Any]:
+    """The feature or pixel matrix in a cache folder, memory-mapped and read-only."""
+    return np.lib.format.open_memmap(Path(folder) / "matrix.npy", mode="r")
+
+
+def _finetune(
+    context: Context,
+    config: TrialConfig,
+    number: int,
+    features: str,
+    targets_NC: Any,
+    report: CohortReport,
+    device: Any,
+) -> Outcome:
+    from core.finetune import finetune
+
+    ((train, validation),) = context.split.pairs()
+    outcome = finetune(
+        build_backbone(context, request_of(config)),
+        open_matrix(features),
+        targets_NC,
+        train,
+        validation,
+        config,
+        report=lambda epoch, metrics: bool(report(epoch, {0: metrics})),
+        objective=context.objective,
+        order_seed=context.seed,
+        device=device,
+    )
+    if outcome.state is not None and outcome.status is Status.COMPLETE:
+        save_state(context.state_path(number), outcome.state)
+    return dataclasses.replace(outcome, state=None)
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a state dict, whole or not at all."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".part")
+    save_file({key: value.contiguous() for key, value in state.items()}, draft)
+    draft.chmod(STATE_FILE_MODE)
+    draft.replace(path)
+
+
+def _tune_report(
+    name: str, context: Context, channel: ChannelHandle, send: Callable[[dict[str, Any]], None]
+) -> CohortReport:
+    """At rungs the driver is asked which trials stop; between them it only hears, now and then."""
+    last = 0.0
+    key = f"validation_{context.objective}"
+
+    def report(epoch: int, metrics: Mapping[int, Metrics]) -> Collection[int]:
+        nonlocal last
+        now = time.monotonic()
+        if epoch not in context.rungs and now - last < REPORT_SECONDS:
+            return ()
+        last = now
+        # Lists, as Tune takes mappings apart.
+        values = [trial[key] for trial in metrics.values()]
+        send({"epoch": epoch, "places": list(metrics), "values": values})
+        return channel.ruling(name, epoch) if epoch in context.rungs else ()
+
+    return report

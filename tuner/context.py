@@ -1,0 +1,114 @@
+"""What the workers of a study share, and what a trial reads.
+
+Ray puts a `Context` into its object store once; paths in it are on storage that every worker
+sees. Imports of torch wait until a worker needs them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from core.config import TrialConfig
+from core.split import Split
+from core.table import Table
+
+if TYPE_CHECKING:
+    import torch
+
+    from core.encoders import Encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """A study as its workers see it."""
+
+    study: str
+    table: Table
+    split: Split
+    pictures: str
+    """Fingerprint of the picture contents, in row order."""
+    objective: str
+    seed: int
+    """Seeds the order of batches, which all trials share."""
+    cache: Path
+    folder: Path
+    """The study's own folder."""
+    weights: str
+    """`auto` or `none`: see `core.encoders.build_encoder`."""
+    weights_dir: Path | None
+    rungs: tuple[int, ...]
+    """Epochs after which trials may be stopped, ascending."""
+    num_threads: int
+    """CPU threads of a worker: its share of the machine."""
+
+    def state_path(self, number: int) -> Path:
+        """Where the weights of fine-tuned trial `number` are kept."""
+        return self.folder / "states" / f"{number:06d}.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class FeatureRequest:
+    """What a trial reads. Trials with equal requests can share a cohort."""
+
+    backbone: str
+    image_size: int
+    """Side of the pictures; 0 for the backbone's own."""
+    pooling: str
+    """`avg`, `max`, `map`, or `pixels` for the decoded pictures that fine-tuning reads."""
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        size = f" at {self.image_size} px" if self.image_size else ""
+        return f"{self.backbone}{size} ({self.pooling})"
+
+
+def request_of(config: TrialConfig) -> FeatureRequest:
+    """What this trial reads."""
+    return feature_request(
+        mode=config.mode,
+        backbone=config.backbone,
+        head=config.head,
+        pooling=config.pooling,
+        image_size=config.image_size or 0,
+    )
+
+
+def feature_request(
+    *, mode: str, backbone: str, head: str, pooling: str, image_size: int
+) -> FeatureRequest:
+    """What a trial with these settings reads; `image_size` 0 is the backbone's own."""
+    from core.features import MAP, PIXELS
+    from core.heads import HEADS
+
+    if mode == "finetune":
+        pooling = PIXELS
+    elif HEADS[head].spatial:
+        pooling = MAP
+    return FeatureRequest(backbone=backbone, image_size=image_size, pooling=pooling)
+
+
+def prepare_worker(context: Context) -> torch.device:
+    """Set this process' threads to its share of cores; returns the device to use."""
+    import torch
+
+    torch.set_num_threads(context.num_threads)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def build_backbone(context: Context, request: FeatureRequest) -> Encoder:
+    """The encoder of a request, with the weights that the study uses.
+
+    Raises InputError if they are not at hand.
+    """
+    from core.encoders import build_encoder
+
+    return build_encoder(
+        request.backbone,
+        weights=context.weights,
+        weights_dir=context.weights_dir,
+        input_size=request.image_size or None,
+        seed=0,
+    )

@@ -1,0 +1,49 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from .home import Home
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_DATA_OPTIONS = (
+    click.option("--data", required=True, metavar="DIR", help="Folder of a CSV and its pictures."),
+    click.option("--csv", metavar="FILE", help="The CSV. Default: train.csv or the only one."),
+    click.option("--images", metavar="DIR", help="Folder of the pictures. Default: Images."),
+    click.option("--id-column", help="Column of ids or paths. Default: Id and the like."),
+    click.option("--label-column", help="Column of delimited labels, in place of 0/1 columns."),
+    click.option("--delimiter", help="What separates labels there. Default: found out."),
+    click.option("--split-column", help="Column that says train, validation or test."),
+)
+
+
+def data_options(command: Command) -> Command:
+    """The options that say where a table is and how it is laid out."""
+    for option in reversed(_DATA_OPTIONS):
+        command = option(command)
+    return command
+
+
+def table_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """What `data_options` gave, as arguments of `core.table.read_table`; files become absolute,
+    so that a study is found from any folder."""
+    arguments: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+    arguments["data"] = Path(arguments["data"]).expanduser().absolute()
+    for key in ("csv", "images"):
+        if key in arguments and Path(arguments[key]).exists():
+            arguments[key] = Path(arguments[key]).absolute()
+    return arguments
+
+
+def home_of() -> Home:
+    """The home folder of this installation."""
+    from .home import open_home
+
+    return open_home()

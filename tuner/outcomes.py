@@ -1,0 +1,79 @@
+"""Every trial's full outcome, appended to a file of the study before anyone else is told.
+
+Optuna keeps a trial's value, MLflow its curve. If the process dies between telling the one and
+the other, this is what the other is repaired from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.report import Outcome, Status
+
+FILE = "outcomes.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndedTrial:
+    """A trial with its end."""
+
+    number: int
+    settings: Mapping[str, Any]
+    outcome: Outcome
+
+
+class OutcomeLog:
+    """The file `outcomes.jsonl` of a study; a `Watcher`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / FILE
+
+    def read(self) -> dict[int, EndedTrial]:
+        """By trial number; the last line of a number counts. A line cut off by a kill is not
+        counted: its trial was not told to anyone."""
+        ended: dict[int, EndedTrial] = {}
+        if not self._path.exists():
+            return ended
+        for line in self._path.read_text().splitlines():
+            try:
+                values = json.loads(line)
+            except ValueError:
+                continue
+            outcome = values["outcome"]
+            outcome["status"] = Status(outcome["status"])
+            outcome["curve"] = tuple(outcome["curve"])
+            ended[values["number"]] = EndedTrial(
+                number=values["number"], settings=values["settings"], outcome=Outcome(**outcome)
+            )
+        return ended
+
+    def trial_started(self, number: int, settings: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def cohort_progress(
+        self, numbers: Sequence[int], epoch: int, values: Mapping[int, float]
+    ) -> None:
+        """Nothing."""
+
+    def trial_ended(self, number: int, settings: Mapping[str, Any], outcome: Outcome) -> None:
+        """Append a line and bring it to the disk."""
+        values = dataclasses.asdict(dataclasses.replace(outcome, state=None))
+        line = json.dumps({"number": number, "settings": dict(settings), "outcome": values})
+        with self._path.open("a+b") as file:
+            # A line that a kill cut off must not swallow this one.
+            if file.tell() and not _ends_line(file):
+                file.write(b"\n")
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _ends_line(file: Any) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return bool(file.read(1) == b"\n")

@@ -1,0 +1,181 @@
+"""The main job: from a space and a table to a registered model. Read `run` first.
+
+    check -> study -> features -> rounds of cohorts -> finalists -> winner -> MLflow
+
+What a person can get wrong is found before the first trial starts. The study's state is in
+Optuna's storage; an interrupted study is taken up by running the same steps on it again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from core.split import Split
+from core.table import Table
+
+from .cluster import LOCAL, Workers, cluster
+from .context import Context
+from .data import reread_table
+from .extraction import extract
+from .home import Home
+from .live import ExtractionView, StudyView, step_progress
+from .plan import Plan, make_plan
+from .preparation import SearchRequest, objective_floor, prepare
+from .study import Study, create_study
+from .tracking import Tracker, check_tracking
+from .trials import run_trials
+from .winner import Result, crown_and_register
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchEnd:
+    """How a search ended."""
+
+    study: Study
+    interrupted: bool
+    """Stopped by a person or a signal: `tuner resume` goes on."""
+    result: Result | None
+    """The winner; None if the study was interrupted."""
+    floor: float
+    """The objective that always answering the commonest classes reaches on validation."""
+
+
+def search(request: SearchRequest, home: Home, console: Console) -> SearchEnd:
+    """Run a new study to its end. Raises InputError for what cannot work, before it starts."""
+    plan = make_plan(request.space, trials=request.trials, hours=request.hours)
+    record, table, split = prepare(request, home, console)
+    study = create_study(home, record)
+    try:
+        split.save(study.split_path)
+        study.optuna()
+    except BaseException:
+        shutil.rmtree(study.folder)  # Nothing is in it yet, and it would block its name.
+        raise
+    return run(study, home, console, plan=plan, table=table, split=split, address=request.address)
+
+
+def resume(
+    study: Study,
+    home: Home,
+    console: Console,
+    *,
+    trials: int | None = None,
+    hours: float | None = None,
+    address: str = LOCAL,
+) -> SearchEnd:
+    """Take up an interrupted study, or add trials to a finished one.
+
+    Raises InputError if its data changed or MLflow does not answer.
+    """
+    record = study.record
+    plan = make_plan(study.space(), trials=trials or record.trials, hours=hours)
+    check_tracking(record.tracking_uri)
+    table = reread_table(dict(record.data), skipped=record.skipped, fingerprint=record.fingerprint)
+    split = Split.load(study.split_path, table)
+    return run(study, home, console, plan=plan, table=table, split=split, address=address)
+
+
+def run(
+    study: Study,
+    home: Home,
+    console: Console,
+    *,
+    plan: Plan,
+    table: Table,
+    split: Split,
+    address: str,
+) -> SearchEnd:
+    """Features, trials, finalists, model; on an interruption, what is there is kept."""
+    space = study.space()
+    floor = objective_floor(space.objective, table, split)
+    tracker = Tracker(
+        study.record.tracking_uri,
+        experiment=study.record.model,
+        artifacts=home.artifacts,
+        study=study.record.name,
+        objective=space.objective,
+        floor=floor,
+    )
+    view = StudyView(console, space, budget=plan.trials, floor=floor)
+    try:
+        tracker.start_study(
+            _study_params(study, table, split), [study.folder / "study.json", study.split_path]
+        )
+        view.announce(study.record.name, table, split)
+        with cluster(address) as workers:
+            context = _context(study, home, table, split, plan, workers)
+            features = _extract(context, plan, workers, console)
+            tracker.flush()
+            interrupted = run_trials(
+                study, space, context, plan, workers, features=features, tracker=tracker, view=view
+            )
+            result = None
+            if not interrupted:
+                result = crown_and_register(
+                    study, space, context, workers, features, tracker, console
+                )
+        tracker.end_study("KILLED" if interrupted else "FINISHED")
+    finally:
+        tracker.close()
+    return SearchEnd(study=study, interrupted=interrupted, result=result, floor=floor)
+
+
+def _context(
+    study: Study, home: Home, table: Table, split: Split, plan: Plan, workers: Workers
+) -> Context:
+    record = study.record
+    return Context(
+        study=record.name,
+        table=table,
+        split=split,
+        pictures=table.picture_fingerprint(),
+        objective=study.space().objective,
+        seed=record.seed,
+        cache=home.cache,
+        folder=study.folder,
+        weights=record.weights,
+        weights_dir=Path(record.weights_dir) if record.weights_dir else None,
+        rungs=plan.rungs,
+        num_threads=workers.num_threads,
+    )
+
+
+def _extract(context: Context, plan: Plan, workers: Workers, console: Console) -> dict[Any, str]:
+    from .channel import start_channel
+
+    with step_progress(console) as progress:
+        return extract(
+            context,
+            plan.requests,
+            start_channel(),
+            num_workers=workers.count,
+            cpus_per_worker=workers.cpus,
+            gpus_per_worker=workers.gpus,
+            watch=ExtractionView(progress),
+        )
+
+
+def _study_params(study: Study, table: Table, split: Split) -> dict[str, Any]:
+    record = study.record
+    return {
+        "space": record.space["name"],
+        "mode": record.space["mode"],
+        "sampler": record.space["sampler"]["name"],
+        "pruner": record.space["pruner"]["name"],
+        "objective": record.space["objective"],
+        "seed": record.seed,
+        "data": record.data["data"],
+        "num_images": table.num_images,
+        "num_classes": table.num_classes,
+        "num_train": len(split.train),
+        "num_validation": len(split.validation),
+        "num_test": len(split.test),
+        "num_folds": record.num_folds or 1,
+        "weights": record.weights_dir or record.weights,
+    }

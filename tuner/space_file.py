@@ -1,0 +1,271 @@
+"""From a search space's file, or the same mapping from JSON, to a checked `SearchSpace`.
+
+Pydantic models say what keys there are and of which type; they also make the JSON schema. Values
+are brought to the types of `TrialConfig`'s fields, so that `1` and `1.0` are one learning rate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from core.config import TrialConfig, _coerce
+from core.errors import InputError
+
+from .sampling import PRUNERS, SAMPLERS, PrunerSpec, SamplerSpec, check_name, check_options
+from .space import SearchSpace
+from .space_domain import (
+    Branch,
+    Choice,
+    Constant,
+    Domain,
+    Parameter,
+    Range,
+    Value,
+    branch_key,
+    plain,
+)
+from .space_source import Source, read_yaml, validated
+
+FIELDS = {f.name: str(f.type) for f in dataclasses.fields(TrialConfig)}
+"""The parameters there can be, with the annotation of each."""
+
+NUMBERS = ("int", "int | None", "float")
+"""The annotations that a range fits."""
+
+
+MAX_STEPS = 1_000_000
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class SpaceSection(_Section):
+    """A search space: the parameters of a study, their ranges, and when each of them exists."""
+
+    name: str = Field(default="", description="Default: the file's name without its ending.")
+    description: str = Field(default="", description="One line for `tuner space list`.")
+    mode: Literal["probe", "finetune"] = Field(
+        default="probe",
+        description="probe: train heads on features of frozen backbones; finetune: train backbone "
+        "layers too.",
+    )
+    objective: Literal["top3_accuracy", "mean_average_precision"] = Field(
+        default="top3_accuracy", description="The validation metric to maximise."
+    )
+    trials: int = Field(default=100, ge=1, description="How many trials, unless --trials is given.")
+    cohort_size: int = Field(default=32, ge=1, description="Trials asked for in one round.")
+    sampler: Any = Field(default="tpe", description="Who proposes trials.")
+    pruner: Any = Field(
+        default="successive_halving", description="Who stops trials that fall behind."
+    )
+    parameters: dict[str, Any] = Field(description="The settings of a trial, by name.")
+    points: list[dict[str, Any]] = Field(
+        default=[], description="Trials to start with; what is left out, the sampler chooses."
+    )
+
+
+class ConstantSection(_Section):
+    """One value for all trials."""
+
+    constant: Any = Field(description="The value.")
+    when: dict[str, Any] = Field(default={}, description="The values of others it depends on.")
+
+
+class ChoiceSection(_Section):
+    """One of several values."""
+
+    choice: list[Any] = Field(description="The values to choose from.")
+    when: dict[str, Any] = Field(default={}, description="The values of others it depends on.")
+
+
+class RangeSection(_Section):
+    """A number between two bounds."""
+
+    low: float = Field(description="The smallest value, included.")
+    high: float = Field(description="The largest value, included.")
+    log: bool = Field(default=False, description="Equal ratios are equally likely.")
+    step: float | None = Field(default=None, gt=0, description="Only low, low + step, ...")
+    when: dict[str, Any] = Field(default={}, description="The values of others it depends on.")
+
+
+def read_space_file(path: Path) -> tuple[dict[str, Any], Source]:
+    """The mapping in a space's YAML file, and where each key stands."""
+    return read_yaml(path)
+
+
+def parse_space(
+    values: Mapping[str, Any], *, name: str = "", source: Source | None = None
+) -> SearchSpace:
+    """A checked space from the mapping that a file holds or `SearchSpace.to_dict` returned.
+
+    `name` is taken if the mapping has none. Raises InputError that points at file, line and key.
+    """
+    from .space_check import check_space, in_order
+
+    source = source or Source(name=name or str(values.get("name", "search space")))
+    section = validated(SpaceSection, dict(values), source)
+    sampler = SamplerSpec(**_split_name(section.sampler, "sampler", source))
+    check_name("sampler", sampler.name, SAMPLERS, source)
+    check_options("sampler", sampler, SAMPLERS[sampler.name].options, source)
+    pruner = PrunerSpec(**_split_name(section.pruner, "pruner", source))
+    check_name("pruner", pruner.name, PRUNERS, source)
+    check_options("pruner", pruner, PRUNERS[pruner.name].options, source)
+    parameters = {
+        key: _parse_parameter(key, written, source) for key, written in section.parameters.items()
+    }
+    space = SearchSpace(
+        name=section.name or name,
+        description=section.description,
+        mode=section.mode,
+        objective=section.objective,
+        trials=section.trials,
+        cohort_size=section.cohort_size,
+        sampler=sampler,
+        pruner=pruner,
+        parameters=in_order(parameters, source),
+        points=tuple(section.points),
+    )
+    check_space(space, source)
+    return space
+
+
+def coerce_value(name: str, value: Any) -> Value:
+    """`value` in the type of the trial setting `name`, or InputError."""
+    coerced: Value = _coerce(name, FIELDS[name], value)
+    return coerced
+
+
+def _split_name(written: Any, key: str, source: Source) -> dict[str, Any]:
+    """`tpe` or `{name: tpe, startup_trials: 32}` as name and options."""
+    if isinstance(written, dict) and "name" not in written:
+        raise source.error("its name is missing", key, hint=f"write `{key}: {{name: ..., ...}}`")
+    options = dict(written) if isinstance(written, dict) else {"name": written}
+    name = options.pop("name")
+    if not isinstance(name, str):
+        raise source.error(f"expected a name, but got {name!r}", key)
+    return {"name": name, "options": options}
+
+
+def _parse_parameter(name: str, written: Any, source: Source) -> Parameter:
+    """A parameter from a scalar, a list of values, a mapping, or a list of such mappings."""
+    path = ("parameters", name)
+    if name == "mode":
+        raise source.error("mode is for all trials", *path, hint="write `mode:` at the top")
+    if name not in FIELDS:
+        raise source.unknown("parameter", name, FIELDS.keys() - {"mode"}, *path)
+    if isinstance(written, list) and written and all(isinstance(w, dict) for w in written):
+        parsed = [_parse_branch(name, w, source, *path, i) for i, w in enumerate(written)]
+        if len(parsed) > 1:
+            branches = tuple(
+                Branch(key=branch_key(name, when), when=when, domain=domain)
+                for when, domain in parsed
+            )
+            return Parameter(name=name, branches=branches)
+    elif isinstance(written, dict):
+        parsed = [_parse_branch(name, written, source, *path)]
+    elif isinstance(written, list):
+        if FIELDS[name].startswith("tuple") and not all(isinstance(w, list) for w in written):
+            raise source.error(
+                f"{written!r} may mean one value or several",
+                *path,
+                hint=f"write {{constant: {written!r}}} or {{choice: [{written!r}]}}",
+            )
+        parsed = [({}, _choice(name, written, source, *path))]
+    else:
+        parsed = [({}, Constant(value=_value(name, written, source, *path)))]
+    when, domain = parsed[0]
+    return Parameter(name=name, branches=(Branch(key=name, when=when, domain=domain),))
+
+
+def _parse_branch(
+    name: str, written: dict[str, Any], source: Source, *path: str | int
+) -> tuple[dict[str, tuple[Value, ...]], Domain]:
+    """The condition and the domain of one mapping."""
+    if "choice" in written:
+        choice = validated(ChoiceSection, written, source, *path)
+        domain = _choice(name, choice.choice, source, *path, "choice")
+        return _parse_when(choice.when, source, *path), domain
+    if "constant" in written:
+        constant = validated(ConstantSection, written, source, *path)
+        value = _value(name, constant.constant, source, *path, "constant")
+        return _parse_when(constant.when, source, *path), Constant(value=value)
+    if not written.keys() & {"low", "high"}:
+        raise source.error(
+            f"expected a choice, a range or a constant, but got {written!r}",
+            *path,
+            hint="write {choice: [...]}, {low: ..., high: ...} or {constant: ...}",
+        )
+    section = validated(RangeSection, written, source, *path)
+    return _parse_when(section.when, source, *path), _range(name, section, source, *path)
+
+
+def _choice(name: str, written: list[Any], source: Source, *path: str | int) -> Choice:
+    if not written:
+        raise source.error("there is nothing to choose from", *path, hint="list some values")
+    options = tuple(_value(name, value, source, *path, i) for i, value in enumerate(written))
+    for i, option in enumerate(options):
+        if option in options[:i]:
+            raise source.error(f"{plain(option)!r} is there twice", *path, i)
+    return Choice(options=options)
+
+
+def _range(name: str, section: RangeSection, source: Source, *path: str | int) -> Range:
+    kind = FIELDS[name]
+    if kind not in ("int", "float", "int | None"):
+        raise source.error(f"{name} is not a number", *path, hint="write {choice: [...]}")
+    low, high = (_value(name, getattr(section, k), source, *path, k) for k in ("low", "high"))
+    assert isinstance(low, (int, float)) and isinstance(high, (int, float))
+    if low > high:
+        raise source.error(f"low <= high must hold, but got {low=}, {high=}", *path, "low")
+    if section.log and low <= 0:
+        raise source.error(f"a log range starts above 0, but got {low=}", *path, "low")
+    step = section.step
+    if step is None:
+        return Range(low=low, high=high, log=section.log, whole=kind != "float")
+    if section.log:
+        raise source.error("a log range has no step", *path, "step")
+    _value(name, step, source, *path, "step")
+    if (high - low) / step > MAX_STEPS:
+        raise source.error(
+            f"that is more than {MAX_STEPS:,} steps", *path, "step", hint="leave the step out"
+        )
+    stepped = Range(low=low, high=high, step=step, whole=kind != "float")
+    if not stepped.contains(high):
+        raise source.error(
+            f"steps of {step:g} from {low:g} do not end at {high:g}",
+            *path,
+            "high",
+            hint=f"write high: {(stepped.values() or [low])[-1]}",
+        )
+    return stepped
+
+
+def _parse_when(
+    written: dict[str, Any], source: Source, *path: str | int
+) -> dict[str, tuple[Value, ...]]:
+    """A condition: parameter -> the values that meet it. Whether they exist is checked later."""
+    when: dict[str, tuple[Value, ...]] = {}
+    for name, valid in written.items():
+        if name not in FIELDS:
+            raise source.unknown("parameter", name, FIELDS, *path, "when", name)
+        several = isinstance(valid, list)
+        if several and FIELDS[name].startswith("tuple"):
+            several = all(isinstance(v, list) for v in valid)
+        items = valid if several else [valid]
+        if not items:
+            raise source.error("no value meets an empty list", *path, "when", name)
+        when[name] = tuple(_value(name, v, source, *path, "when", name) for v in items)
+    return when
+
+
+def _value(name: str, value: Any, source: Source, *path: str | int) -> Value:
+    try:
+        return coerce_value(name, value)
+    except InputError as error:
+        raise source.error(error.problem, *path, hint=error.hint) from error

@@ -1,0 +1,83 @@
+"""From a point that a person wrote, or an earlier trial, to what Optuna enqueues.
+
+A point may be given in part: what it leaves out, the sampler chooses. Then a setting whose
+existence hangs on a left-out one cannot be placed, and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from core.errors import InputError
+
+from .space_domain import Branch, Constant, Parameter, Range, Value, encode, plain
+from .space_file import coerce_value
+from .space_source import Source
+
+
+def point_to_params(
+    point: Mapping[str, Any], *, mode: str, parameters: Mapping[str, Parameter]
+) -> dict[str, Any]:
+    """`point`, some or all settings of a trial, as parameters for `study.enqueue_trial`.
+
+    Raises InputError, with the setting's name as its place, for a setting that is no part of the
+    space, does not exist beside the others, or is out of its range.
+    """
+    params: dict[str, Any] = {}
+    values: dict[str, Value] = {"mode": mode}
+    left_out: set[str] = set()
+    valid = {"mode": mode, **parameters}
+    for name in point:
+        if name not in valid:
+            raise Source(name=name).unknown("parameter", name, valid)
+    if point.get("mode", mode) != mode:
+        raise InputError(f"it is for mode {mode!r}, not {point['mode']!r}", where="mode")
+    for parameter in parameters.values():
+        name = parameter.name
+        branch, unknown = _decide(parameter, values, left_out)
+        if name not in point:
+            if branch is not None and isinstance(branch.domain, Constant):
+                values[name] = branch.domain.value
+            elif branch is not None or unknown:
+                left_out.add(name)
+            continue
+        if branch is None:
+            raise _does_not_apply(parameter, unknown)
+        value = coerce_value(name, point[name])
+        if not branch.domain.contains(value):
+            raise InputError(f"{plain(value)!r} is outside {branch.domain.to_dict()}", where=name)
+        if isinstance(branch.domain, Range):
+            value = branch.domain.nearest(value)  # type: ignore[arg-type]
+        values[name] = value
+        if not isinstance(branch.domain, Constant):
+            params[branch.key] = encode(value)
+    return params
+
+
+def _decide(
+    parameter: Parameter, values: Mapping[str, Value], left_out: set[str]
+) -> tuple[Branch | None, list[str]]:
+    """The branch that exists beside `values`, or None and the left-out parents it hangs on."""
+    for branch in parameter.branches:
+        unknown = [name for name in branch.when if name in left_out]
+        known = {name: valid for name, valid in branch.when.items() if name not in left_out}
+        if replace(branch, when=known).holds(values):
+            return (None, unknown) if unknown else (branch, [])
+    return None, []
+
+
+def _does_not_apply(parameter: Parameter, unknown: list[str]) -> InputError:
+    """Why a setting of a point has no branch."""
+    needs = " or ".join(
+        " and ".join(f"{name} in {[plain(v) for v in valid]}" for name, valid in b.when.items())
+        for b in parameter.branches
+        if b.when
+    )
+    problem = (
+        f"it needs {' and '.join(unknown)} to be given too"
+        if unknown
+        else "it does not exist beside the other settings"
+    )
+    return InputError(problem, where=parameter.name, hint=f"it depends on {needs}")

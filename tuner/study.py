@@ -1,0 +1,254 @@
+"""A study on disk: what was asked for, where its state lives, and how its trials ended.
+
+`study.json` holds what cannot change (space, data, seed, addresses); trials live in Optuna's
+storage, which is the one truth that everything else is repaired from. A trial's end is told to
+Optuna with an `outcome` attribute, so that `tuner trials` needs no tracking server.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from core.errors import InputError
+from core.report import Outcome, Status
+from core.shards import write_json
+
+from .home import Home
+from .space import SearchSpace
+
+if TYPE_CHECKING:
+    import optuna
+
+FORMAT = 1
+OUTCOME = "outcome"
+"""Optuna user attribute: how the trial ended, as JSON."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyRecord:
+    """What a study is, as `study.json` keeps it."""
+
+    name: str
+    space: dict[str, Any]
+    """As `SearchSpace.to_dict`."""
+    data: dict[str, Any]
+    """The arguments of `core.table.read_table`, paths absolute."""
+    skipped: tuple[str, ...]
+    """Files of damaged pictures that were left out."""
+    fingerprint: str
+    """Of the table."""
+    num_folds: int | None
+    seed: int
+    trials: int
+    """Budget it began with."""
+    storage: str | None
+    """Optuna's storage URL; None for the journal in the study's folder."""
+    tracking_uri: str
+    model: str
+    """Name under which the winner is registered."""
+    weights: str
+    weights_dir: str | None
+    format: int = FORMAT
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRecord:
+    """A trial as Optuna remembers it."""
+
+    number: int
+    status: str
+    """`complete`, `pruned`, `failed`, or `running`."""
+    reason: str
+    value: float | None
+    """Best validation objective; of a pruned trial, the best it reached."""
+    best_epoch: int | None
+    epochs: int
+    """Epochs trained."""
+    seconds: float
+    settings: dict[str, Any]
+    """What the space set, in its order."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class Study:
+    """A study's folder and its record."""
+
+    def __init__(self, folder: Path, record: StudyRecord) -> None:
+        self.folder = folder
+        self.record = record
+
+    @property
+    def split_path(self) -> Path:
+        return self.folder / "split.json"
+
+    @property
+    def model_folder(self) -> Path:
+        """The winner's saved model."""
+        return self.folder / "model"
+
+    def space(self) -> SearchSpace:
+        from .space_file import parse_space
+
+        return parse_space(self.record.space, name=self.record.name)
+
+    def optuna(
+        self,
+        *,
+        sampler: optuna.samplers.BaseSampler | None = None,
+        pruner: optuna.pruners.BasePruner | None = None,
+    ) -> optuna.Study:
+        """The Optuna study, made in its storage if it is not there yet."""
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        return optuna.create_study(
+            storage=open_storage(self.record.storage, self.folder),
+            study_name=self.record.name,
+            sampler=sampler,
+            pruner=pruner,
+            direction="maximize",
+            load_if_exists=True,
+        )
+
+
+def check_name(name: str) -> None:
+    """Raises InputError unless `name` can name a folder, an MLflow run and a database row."""
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            f"{name!r} cannot name a study",
+            where="--study",
+            hint="letters, digits, dots, dashes and underscores; a letter or digit first",
+        )
+
+
+def refuse_used_name(home: Home, name: str) -> None:
+    """Raises InputError if there is a study of this name."""
+    if (home.studies / name).exists():
+        raise InputError(
+            f"a study named {name!r} exists",
+            where="--study",
+            hint=f"go on with it: tuner resume {name}; or choose another name",
+        )
+
+
+def free_name(home: Home, stem: str) -> str:
+    """`stem-1`, or the first number whose folder does not exist."""
+    number = 1
+    while (home.studies / f"{stem}-{number}").exists():
+        number += 1
+    return f"{stem}-{number}"
+
+
+def create_study(home: Home, record: StudyRecord) -> Study:
+    """A new study's folder with its record. Raises InputError if the name is in use."""
+    check_name(record.name)
+    folder = home.studies / record.name
+    refuse_used_name(home, record.name)
+    folder.mkdir(parents=True)
+    write_json(folder / "study.json", dataclasses.asdict(record))
+    return Study(folder, record)
+
+
+def open_study(home: Home, name: str) -> Study:
+    """An existing study. Raises InputError if there is none, or its record is damaged."""
+    folder = home.studies / name
+    path = folder / "study.json"
+    if not path.is_file():
+        known = sorted(p.parent.name for p in home.studies.glob("*/study.json"))
+        raise InputError(
+            f"there is no study {name!r}",
+            where=str(home.studies),
+            hint=f"there are: {', '.join(known)}" if known else "there is none yet: tuner search",
+        )
+    try:
+        values = json.loads(path.read_text())
+        values["skipped"] = tuple(values["skipped"])
+        record = StudyRecord(**values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"the study's record is damaged ({error})", where=str(path)) from error
+    if record.format != FORMAT:
+        raise InputError(f"format {record.format} is not {FORMAT}", where=str(path))
+    return Study(folder, record)
+
+
+def open_storage(url: str | None, folder: Path) -> optuna.storages.BaseStorage:
+    """Optuna's storage: a journal file in `folder`, or the database at `url`.
+
+    Raises InputError if the database does not answer.
+    """
+    from optuna.storages import JournalStorage, RDBStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    if url is None:
+        return JournalStorage(JournalFileBackend(str(folder / "journal.log")))
+    options: dict[str, Any] = {}
+    if url.startswith("postgres"):
+        options["connect_args"] = {"connect_timeout": 10}
+    try:
+        return RDBStorage(url, engine_kwargs=options)
+    except Exception as error:  # SQLAlchemy's dialects raise errors of their own.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"the storage cannot be opened ({reason})",
+            where=f"--storage {_without_password(url)}",
+            hint="a SQLAlchemy URL: sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE",
+        ) from error
+
+
+def outcome_attribute(outcome: Outcome) -> dict[str, Any]:
+    """What Optuna keeps of an outcome, beside the trial's own state and value."""
+    return {
+        "status": outcome.status.value,
+        "reason": outcome.reason,
+        "best_value": outcome.best_value,
+        "best_epoch": outcome.best_epoch,
+        "epochs": len(outcome.curve),
+        "seconds": outcome.seconds,
+        "metrics": outcome.best_metrics,
+    }
+
+
+def trial_records(study: optuna.Study, space: SearchSpace) -> Iterator[TrialRecord]:
+    """All trials of a study, in order of number."""
+    from optuna.trial import TrialState
+
+    for trial in study.get_trials(deepcopy=False):
+        if trial.state == TrialState.WAITING:
+            continue
+        kept = trial.user_attrs.get(OUTCOME, {})
+        status = kept.get("status") or _STATUSES[trial.state.name]
+        try:
+            settings = space.from_params(trial.params)
+        except InputError:  # a trial cut off between ask and suggest has only a part of them
+            settings = dict(trial.params)
+        yield TrialRecord(
+            number=trial.number,
+            status=status,
+            reason=kept.get("reason", ""),
+            value=kept.get("best_value", trial.value),
+            best_epoch=kept.get("best_epoch"),
+            epochs=kept.get("epochs", 0),
+            seconds=kept.get("seconds", 0.0),
+            settings=settings,
+        )
+
+
+_STATUSES = {
+    "COMPLETE": Status.COMPLETE.value,
+    "PRUNED": Status.PRUNED.value,
+    "FAIL": Status.FAILED.value,
+    "RUNNING": "running",
+}
+
+
+def _without_password(url: str) -> str:
+    return re.sub(r"://([^:/@]+):[^@]*@", r"://\1:***@", url)

@@ -1,0 +1,114 @@
+"""A study's trials on Ray Tune, from the first round to the last or to an interruption."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from optuna.trial import Trial, TrialState
+
+from .channel import start_channel
+from .cluster import Workers
+from .cohort import run_cohort
+from .context import Context, FeatureRequest
+from .live import StudyView
+from .outcomes import OutcomeLog
+from .plan import Plan
+from .sampling import build_pruner, build_sampler
+from .searcher import Budget, CohortSearcher
+from .space import SearchSpace
+from .study import Study
+from .tracking import Tracker
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+WORKER_RETRIES = 2
+"""How often a cohort whose worker died is run again."""
+SAMPLER_STRIDE = 7919
+"""A resumed study's sampler must not repeat the random numbers of an earlier session."""
+
+
+def run_trials(
+    study: Study,
+    space: SearchSpace,
+    context: Context,
+    plan: Plan,
+    workers: Workers,
+    *,
+    features: Mapping[FeatureRequest, str],
+    tracker: Tracker,
+    view: StudyView,
+) -> bool:
+    """Run trials until the budget is spent; True if that was interrupted.
+
+    Trials that an earlier session left running go first, under their own numbers.
+    """
+    finished, unfinished = _earlier_trials(study)
+    optuna_study = study.optuna(
+        sampler=build_sampler(
+            space.sampler, space, study.record.seed + SAMPLER_STRIDE * len(finished)
+        ),
+        pruner=build_pruner(space.pruner, space.max_epochs),
+    )
+    if not finished and not unfinished:
+        for point in space.points:
+            optuna_study.enqueue_trial(space.to_params(point), skip_if_exists=True)
+    log = OutcomeLog(study.folder)
+    tracker.repair(log.read(), [trial.number for trial in finished])
+    channel = start_channel()
+    searcher = CohortSearcher(
+        optuna_study,
+        space,
+        budget=Budget(trials=plan.trials, deadline=plan.deadline),
+        features=features,
+        channel=channel,
+        watchers=[log, tracker, view],
+        seed=study.record.seed,
+        rungs=plan.rungs,
+        unfinished=[Trial(optuna_study, trial._trial_id) for trial in unfinished],
+    )
+    with view.showing(already_done=len(finished)):
+        _fit(searcher, study, context, channel, workers)
+    tracker.trials_interrupted(searcher.running_numbers)
+    tracker.flush()
+    return searcher.interrupted
+
+
+def _fit(
+    searcher: CohortSearcher, study: Study, context: Context, channel: Any, workers: Workers
+) -> None:
+    from ray import tune
+
+    if not searcher.has_work:
+        return
+    trainable = tune.with_resources(
+        tune.with_parameters(run_cohort, context=context, channel=channel),
+        {"cpu": workers.cpus, "gpu": workers.gpus},
+    )
+    tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            num_samples=-1,
+            max_concurrent_trials=workers.count,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name=f"trials-{time.time_ns()}",
+            storage_path=str(study.folder / "tune"),
+            failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
+            verbose=0,
+        ),
+    ).fit()
+
+
+def _earlier_trials(
+    study: Study,
+) -> tuple[Sequence[optuna.trial.FrozenTrial], Sequence[optuna.trial.FrozenTrial]]:
+    """Trials with an end, and trials that were running when an earlier session ended."""
+    trials = study.optuna().get_trials(deepcopy=False)
+    finished = [trial for trial in trials if trial.state.is_finished()]
+    return finished, [trial for trial in trials if trial.state == TrialState.RUNNING]
