@@ -16,15 +16,16 @@ BIN := .venv/bin
 STAMP := .venv/.setup-done
 # There from the first installed file until all are: a .venv with it is half made.
 STARTED := .venv/.setup-started
-# Empty after the checkout or its Python has moved away, which no file's date tells.
-STANDS := $(shell test -x $(BIN)/python && test "$$(cat $(STAMP) 2>/dev/null)" = "$$(pwd -P)" && echo yes)
+# Empty for a half-made .venv, or when the checkout or its Python has moved: no file's date tells.
+STANDS := $(shell test ! -e $(STARTED) && test -e .venv/pyvenv.cfg && test -x $(BIN)/python \
+  && test "$$(cat $(STAMP) 2>/dev/null)" = "$$(pwd -P)" && echo yes)
 
 # Large wheels on slow lines and compiling on busy machines take longer than uv's 30 s and 60 s.
 export UV_HTTP_TIMEOUT ?= 300
 export UV_COMPILE_BYTECODE_TIMEOUT ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all bench lint format lock clean FORCE
+.PHONY: help setup demo test test-all bench lint format lock schema clean FORCE
 
 help: ## list the targets
 	@echo "Targets:"
@@ -96,6 +97,10 @@ lock: ## write constraints.txt anew from pyproject.toml
 	$(BIN)/uv pip compile pyproject.toml --quiet --group dev --all-extras --universal \
 	  --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header \
 	  --python $(BIN)/python $(LOCK_FLAGS) --output-file constraints.txt
+
+schema: setup ## write search_spaces/schema.json anew from the code
+	$(BIN)/python -c "from pathlib import Path; from tuner.space_schema import write_schema; \
+	  write_schema(Path('search_spaces/schema.json'))"
 
 # ---- use ----------------------------------------------------------------------------------------
 

@@ -125,12 +125,3 @@ def _unknown_backbone(name: str, valid: Sequence[str]) -> InputError:
     kinds = "valid: ffn, a torchvision classifier such as resnet50, timm/NAME or onnx/FILE"
     hint = f"did you mean {' or '.join(close)}? {kinds}" if close else kinds
     return InputError(f"unknown backbone {name!r}", where="backbone", hint=hint)
-
-
-def __getattr__(name: str) -> object:
-    # TEMPORARY while the parts are written side by side: import these from core.encoders.
-    if name in ("Encoder", "build_encoder", "load_encoder", "pool", "weights_fingerprint"):
-        from . import encoders
-
-        return getattr(encoders, name)
-    raise AttributeError(name)

@@ -139,7 +139,10 @@ class TrialConfig:
             (self.head == "mlp") == bool(self.hidden_sizes),
         )
         _check(
-            self, "nesterov needs momentum > 0", "nesterov", not self.nesterov or self.momentum > 0
+            self,
+            "(not nesterov) or momentum > 0",
+            "nesterov",
+            not self.nesterov or self.momentum > 0,
         )
         _check(
             self,
@@ -161,7 +164,7 @@ class TrialConfig:
                 raise unknown_name("parameter", key, fields, where=key)
         if "backbone" not in values:
             raise InputError("no backbone is given", where="backbone")
-        return cls(**{key: _coerce(key, fields[key].type, value) for key, value in values.items()})
+        return cls(**{key: coerce(key, fields[key].type, value) for key, value in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """The flat mapping that `from_dict` reads; tuples become lists, so that it is JSON."""
@@ -174,8 +177,9 @@ def _check(config: TrialConfig, rule: str, key: str, holds: bool) -> None:
         raise InputError(f"{rule} must hold, but got {key}={getattr(config, key)!r}", where=key)
 
 
-def _coerce(key: str, kind: object, value: Any) -> Any:
-    """A value of the annotated type, or InputError. Annotations are strings in this module."""
+def coerce(key: str, kind: object, value: Any) -> Any:
+    """A value as a field of the annotated type (a string, in this module), or InputError that
+    names the parameter."""
     if kind == "tuple[int, ...]":
         items = value if isinstance(value, (list, tuple)) else [value]
         if not all(isinstance(i, int) and not isinstance(i, bool) for i in items):

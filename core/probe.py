@@ -96,6 +96,7 @@ def _group(
             bytes_of_head(
                 first,
                 num_features=features.shape[-1],
+                num_places=inputs[first.feature_norm][0].num_places,
                 num_classes=targets_NC.shape[1],
                 num_evaluated=len(validation),
             )

@@ -35,13 +35,20 @@ def structure(config: TrialConfig) -> tuple[object, ...]:
 
 
 def bytes_of_head(
-    config: TrialConfig, *, num_features: int, num_classes: int, num_evaluated: int
+    config: TrialConfig,
+    *,
+    num_features: int,
+    num_places: int,
+    num_classes: int,
+    num_evaluated: int,
 ) -> int:
-    """Memory of one stacked head: weights, gradient, two slots, best weights, and the logits of
-    the pictures it is evaluated on with two temporaries of their size."""
+    """Memory of one stacked head: weights, gradient, two slots, best weights; what a step holds of
+    its batch (measured: some six times each layer's outputs, and 20 values a logit in the
+    costliest loss); the logits of the pictures it is evaluated on with two temporaries."""
     widths = [num_features, *config.hidden_sizes, num_classes]
     weights = sum((inputs + 1) * outputs for inputs, outputs in itertools.pairwise(widths))
-    return 4 * (5 * weights + 3 * num_evaluated * num_classes)
+    step = config.batch_size * (6 * num_places * sum(widths[1:]) + 20 * num_classes)
+    return 4 * (5 * weights + step + 3 * num_evaluated * num_classes)
 
 
 class HeadStack:

@@ -119,10 +119,12 @@ def fit_state(network: nn.Module, state: Mapping[str, Tensor], *, where: str, na
     Raises:
         InputError: the first keys or shapes that do not fit.
     """
-    dropped = (*HEADS, *SIDE_BRANCHES)
-    state = _prepare(network, state, dropped)
-    module = network.model if isinstance(network, TimmNetwork) else network
+    module, dropped = network, (*HEADS, *SIDE_BRANCHES)
+    if isinstance(network, TimmNetwork):
+        # Built without a classifier: what is left of its head is part of the encoder.
+        module, dropped = network.model, ()
     try:
+        state = _prepare(network, state, dropped)
         missing, unexpected = module.load_state_dict(state, strict=False)
     except (RuntimeError, ValueError) as error:
         details = [line.strip() for line in str(error).splitlines()]
@@ -141,13 +143,19 @@ def _prepare(
 ) -> Mapping[str, Tensor]:
     if isinstance(network, TimmNetwork):
         return network.translate(state)
+    from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
+
     # A copy that keeps the version numbers that torch hides on its state dicts.
     prepared = copy.copy(state) if isinstance(state, OrderedDict) else OrderedDict(state)
+    if not hasattr(prepared, "_metadata"):
+        prepared._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
     for key in list(prepared):
         if key.split(".")[0] in dropped:
             del prepared[key]
         elif old := _OLD_DENSENET.match(key):
             prepared[old[1] + old[2]] = prepared.pop(key)
+    if isinstance(network, VisionTransformer) and "encoder.pos_embedding" in prepared:
+        prepared = interpolate_embeddings(network.image_size, network.patch_size, prepared)
     return prepared
 
 

@@ -49,22 +49,22 @@ def evaluate(
 
     from core.table import read_table
 
-    from .live import step_progress
     from .predict import evaluate_model, load_predictor
     from .predict_view import evaluation_view
+    from .steps import showing_steps
     from .tracking import check_tracking
 
     address = tracking_uri or home_of().tracking_uri
     check_tracking(address)
     table = read_table(**table_arguments(options))
     predictor = load_predictor(model_uri, address)
-    with step_progress(Console(stderr=True)) as progress:
-        task = progress.add_task("predicting", total=None)
-
-        def show(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
-
-        result = evaluate_model(predictor, table, split=split, progress=show)
+    with showing_steps(Console(stderr=True)) as steps:
+        result = evaluate_model(
+            predictor,
+            table,
+            split=split,
+            progress=lambda done, total: steps("predicting", done, total),
+        )
     if as_json:
         click.echo(json.dumps(result.to_dict(), indent=2))
     else:

@@ -18,6 +18,15 @@ from core.errors import InputError
 
 LOCAL = "local"
 CONNECT_SECONDS = 10
+DRIVER_VARIABLES = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""Read by Ray when it is imported: no result files beside ours, no advertisement."""
+WORKER_VARIABLES = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Threads that wait must not spin: beside another busy process two spinning threads made a step
+of a stack three times as slow (85 against 33 ms) as two that sleep."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +53,8 @@ def cluster(address: str) -> Iterator[Workers]:
     """
     if address != LOCAL:
         _check_answers(address)
-    # Read by Ray when it is imported: no result files beside ours, and no advertisement.
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for name, value in (DRIVER_VARIABLES | WORKER_VARIABLES).items():
+        os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():
@@ -58,6 +65,8 @@ def cluster(address: str) -> Iterator[Workers]:
             log_to_driver=False,
             logging_level=logging.ERROR,
             include_dashboard=False if address == LOCAL else None,
+            # Workers of our own Ray inherit our environment.
+            runtime_env=None if address == LOCAL else {"env_vars": WORKER_VARIABLES},
         )
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise InputError(

@@ -1,4 +1,4 @@
-"""What a person sees while a study runs: steps with progress, then a live table of trials.
+"""What a person sees while trials run: a live table of the best, progress and the time left.
 
 On a terminal the table is redrawn in place; elsewhere (a log, CI) a line is printed now and then.
 The view hears of trials as a `Watcher` and draws; it decides nothing.
@@ -13,7 +13,6 @@ from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -21,16 +20,16 @@ from core.report import Outcome, Status
 from core.split import Split
 from core.table import Table as Labelled
 
-from .extraction import ExtractionProgress
 from .space import SearchSpace
+from .steps import LINE_SECONDS, duration
 
 SHOWN_TRIALS = 10
-LINE_SECONDS = 10.0
-"""Between lines where there is no terminal."""
 SHOWN_SETTINGS = (
-    "backbone", "head", "hidden_sizes", "loss", "optimizer", "lr", "weight_decay",
-    "unfrozen_stages",
+    "head", "hidden_sizes", "loss", "optimizer", "lr", "weight_decay", "unfrozen_stages",
 )  # fmt: skip
+"""Beside the backbone, what the table shows of a trial's settings."""
+NAMED_SETTINGS = {"lr": "lr", "weight_decay": "wd", "unfrozen_stages": "stages"}
+"""Numbers that need a name to be understood, with a short one."""
 
 
 class StudyView:
@@ -38,7 +37,7 @@ class StudyView:
 
     Args:
         console: where to draw.
-        space: whose searched parameters become columns.
+        space: what is searched.
         budget: trials in all.
         floor: the objective that always answering the commonest classes reaches.
     """
@@ -46,7 +45,6 @@ class StudyView:
     def __init__(self, console: Console, space: SearchSpace, *, budget: int, floor: float) -> None:
         self.console = console
         self._objective = space.objective
-        self._columns = shown_settings(space)
         self._budget = budget
         self._floor = floor
         self._started = time.monotonic()
@@ -84,9 +82,7 @@ class StudyView:
     def render(self) -> RenderableType:
         """The status line and the best trials so far."""
         best = [(number, settings, outcome) for _, number, settings, outcome in self._best]
-        table = trial_table(
-            best[:SHOWN_TRIALS], columns=self._columns, objective=self._objective, floor=self._floor
-        )
+        table = trial_table(best[:SHOWN_TRIALS], objective=self._objective, floor=self._floor)
         return Group(self._status(), table)
 
     def _status(self) -> Text:
@@ -143,68 +139,51 @@ class StudyView:
         self._print_line()
 
 
-class ExtractionView:
-    """Progress bars of feature extraction, one a backbone, workers added up."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._tasks: dict[str, Any] = {}
-        self._parts: dict[tuple[str, int], tuple[int, int]] = {}
-
-    def __call__(self, news: ExtractionProgress) -> None:
-        self._parts[news.label, news.worker] = (news.done, news.total)
-        parts = [part for (label, _), part in self._parts.items() if label == news.label]
-        done, total = (sum(column) for column in zip(*parts, strict=True))
-        if news.label not in self._tasks:
-            self._tasks[news.label] = self._progress.add_task(f"features of {news.label}")
-        self._progress.update(self._tasks[news.label], completed=done, total=total)
-
-
-def step_progress(console: Console) -> Progress:
-    """Progress bars for the steps before trials; they stay on the screen."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-        TimeRemainingColumn(),
-        console=console,
-    )
-
-
-def shown_settings(space: SearchSpace) -> list[str]:
-    """The searched parameters worth a column."""
-    return [name for name in SHOWN_SETTINGS if name in space.parameters]
-
-
 def trial_table(
-    trials: Sequence[tuple[int, Mapping[str, Any], Outcome]],
-    *,
-    columns: Sequence[str],
-    objective: str,
-    floor: float,
+    trials: Sequence[tuple[int, Mapping[str, Any], Outcome]], *, objective: str, floor: float
 ) -> Table:
     """The best trials, best first. A value at or below `floor` is red: it has learnt nothing."""
-    table = Table(title_justify="left", header_style="bold", border_style="dim")
+    table = Table(header_style="bold", border_style="dim")
     table.add_column("trial", justify="right")
-    table.add_column(objective, justify="right")
-    table.add_column("best epoch", justify="right")
-    for name in columns:
-        table.add_column(name.replace("_", " "), overflow="fold")
+    table.add_column(objective, justify="right", no_wrap=True)
+    table.add_column("epoch", justify="right")
+    table.add_column("backbone")
+    table.add_column("settings")
     for number, settings, outcome in trials:
-        value = outcome.best_value
-        style = "red" if value is None or value <= floor else "green"
         table.add_row(
             str(number),
-            Text("-" if value is None else percent(value), style),
+            value_text(outcome.best_value, floor),
             str(outcome.best_epoch or "-"),
-            *(setting_text(settings.get(name)) for name in columns),
+            str(settings.get("backbone", "")),
+            settings_line(settings),
         )
     return table
 
 
+def value_text(value: float | None, floor: float) -> Text:
+    """An objective, red where it does not exceed what needs no learning."""
+    if value is None:
+        return Text("-")
+    return Text(percent(value), "red" if value <= floor else "green")
+
+
+def settings_line(settings: Mapping[str, Any]) -> str:
+    """A trial's main settings without its backbone: `mlp 256, bce, adamw, lr 0.001, wd 0.1`."""
+    parts: list[str] = []
+    for name in SHOWN_SETTINGS:
+        text = setting_text(settings.get(name))
+        if not text:
+            continue
+        if name == "hidden_sizes" and parts:
+            parts[-1] += f" {text}"
+        else:
+            parts.append(f"{NAMED_SETTINGS[name]} {text}" if name in NAMED_SETTINGS else text)
+    return ", ".join(parts)
+
+
 def setting_text(value: Any) -> str:
     """A setting as a table shows it; a parameter that the trial does not have is empty."""
-    if value is None:
+    if value is None or value == []:
         return ""
     if isinstance(value, (list, tuple)):
         return "-".join(str(item) for item in value)
@@ -213,13 +192,3 @@ def setting_text(value: Any) -> str:
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
-
-
-def duration(seconds: float) -> str:
-    """`8 s`, `3 min 20 s`, `2 h 5 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

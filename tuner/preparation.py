@@ -17,8 +17,8 @@ from core.table import Table
 from .cluster import LOCAL
 from .data import CheckedData, check_data
 from .home import Home
-from .live import step_progress
 from .space import SearchSpace
+from .steps import showing_steps
 from .study import StudyRecord, check_name, free_name, refuse_used_name
 from .tracking import check_tracking
 
@@ -100,15 +100,8 @@ def check_with_progress(
     arguments: dict[str, Any], *, skip_bad: bool, console: Console
 ) -> CheckedData:
     """`check_data` with bars, and a list of what was left out."""
-    tasks: dict[str, Any] = {}
-    with step_progress(console) as progress:
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total)
-            progress.update(tasks[what], completed=done)
-
-        checked = check_data(arguments, skip_bad=skip_bad, progress=show)
+    with showing_steps(console) as steps:
+        checked = check_data(arguments, skip_bad=skip_bad, progress=steps)
     if checked.problems:
         console.print(f"[yellow]{len(checked.problems)} damaged pictures are left out:[/]")
         for problem in checked.problems[:SHOWN_PROBLEMS]:

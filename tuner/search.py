@@ -21,9 +21,10 @@ from .context import Context
 from .data import reread_table
 from .extraction import extract
 from .home import Home
-from .live import ExtractionView, StudyView, step_progress
+from .live import StudyView
 from .plan import Plan, make_plan
 from .preparation import SearchRequest, objective_floor, prepare
+from .steps import ExtractionView, showing_steps
 from .study import Study, create_study
 from .tracking import Tracker, check_tracking
 from .trials import run_trials
@@ -149,7 +150,7 @@ def _context(
 def _extract(context: Context, plan: Plan, workers: Workers, console: Console) -> dict[Any, str]:
     from .channel import start_channel
 
-    with step_progress(console) as progress:
+    with showing_steps(console) as steps:
         return extract(
             context,
             plan.requests,
@@ -157,7 +158,7 @@ def _extract(context: Context, plan: Plan, workers: Workers, console: Console) -
             num_workers=workers.count,
             cpus_per_worker=workers.cpus,
             gpus_per_worker=workers.gpus,
-            watch=ExtractionView(progress),
+            watch=ExtractionView(steps),
         )
 
 

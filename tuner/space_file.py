@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from core.config import TrialConfig, _coerce
+from core.config import TrialConfig, coerce
 from core.errors import InputError
 
 from .sampling import PRUNERS, SAMPLERS, PrunerSpec, SamplerSpec, check_name, check_options
@@ -137,7 +137,7 @@ def parse_space(
 
 def coerce_value(name: str, value: Any) -> Value:
     """`value` in the type of the trial setting `name`, or InputError."""
-    coerced: Value = _coerce(name, FIELDS[name], value)
+    coerced: Value = coerce(name, FIELDS[name], value)
     return coerced
 
 

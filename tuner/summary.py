@@ -15,7 +15,7 @@ from rich.text import Text
 
 from core.report import Outcome, Status
 
-from .live import percent, setting_text, shown_settings, trial_table
+from .live import percent, settings_line, trial_table
 from .plan import make_plan
 from .preparation import SearchRequest, prepare
 from .space import SearchSpace, load_space, shipped_spaces
@@ -46,18 +46,20 @@ def print_end(end: SearchEnd, console: Console) -> None:
         )
         return
     result = end.result
-    complete = best_first(result.trials)
+    complete = [t for t in best_first(result.trials) if t.status == Status.COMPLETE]
     console.print(_counts(result.trials), highlight=False)
     console.print(record_table(complete[:SHOWN_BEST], space, end.floor))
-    console.print(_winner_panel(result, study, space))
+    console.print(_winner_panel(result))
     console.print(_next_steps(result, study), highlight=False, soft_wrap=True)
 
 
-def _winner_panel(result: Result, study: Study, space: SearchSpace) -> Panel:
+def _winner_panel(result: Result) -> Panel:
     winner = result.winner
     scores = winner.evaluation
     lines = Table.grid(padding=(0, 2))
-    lines.add_row("trial", f"{winner.number}: {_settings_line(winner, space)}")
+    lines.add_row(
+        "trial", f"{winner.number}: {winner.settings['backbone']}, {settings_line(winner.settings)}"
+    )
     interval = f"{percent(scores['top3_accuracy_low'])} to {percent(scores['top3_accuracy_high'])}"
     accuracy = percent(scores["top3_accuracy"])
     lines.add_row("top3_accuracy on test", f"[bold]{accuracy}[/]  (95 % interval {interval})")
@@ -85,16 +87,6 @@ def _validation_line(winner: Winner) -> str:
         f"seeds (optimism {100 * winner.optimism:+.1f} points, "
         f"best of {len(winner.finalists)} finalists)"
     )
-
-
-def _settings_line(winner: Winner, space: SearchSpace) -> str:
-    names = shown_settings(space)
-    parts = [
-        f"{name}={setting_text(winner.settings[name])}" if name in ("lr", "weight_decay")
-        else setting_text(winner.settings[name])
-        for name in names
-    ]  # fmt: skip
-    return ", ".join(part for part in parts if part)
 
 
 def _next_steps(result: Result, study: Study) -> str:
@@ -127,7 +119,7 @@ def record_table(trials: Sequence[TrialRecord], space: SearchSpace, floor: float
         ))
         for t in trials
     ]  # fmt: skip
-    return trial_table(rows, columns=shown_settings(space), objective=space.objective, floor=floor)
+    return trial_table(rows, objective=space.objective, floor=floor)
 
 
 def print_trials(study: Study, console: Console, *, as_json: bool) -> None:
@@ -138,21 +130,22 @@ def print_trials(study: Study, console: Console, *, as_json: bool) -> None:
         for trial in trials:
             print(json.dumps(trial.to_dict()))
         return
-    columns = shown_settings(space)
     table = Table(header_style="bold", border_style="dim")
-    for name in ("trial", "status", space.objective, "best epoch", "epochs"):
-        table.add_column(name, justify="left" if name == "status" else "right")
-    for name in [*columns, "reason"]:
-        table.add_column(name.replace("_", " "), overflow="fold")
+    for name in ("trial", "status", space.objective, "epoch"):
+        table.add_column(name, justify="left" if name == "status" else "right", no_wrap=True)
+    for name in ("backbone", "settings"):
+        table.add_column(name)
     for trial in trials:
+        settings = Text(settings_line(trial.settings))
+        if trial.status == Status.FAILED:
+            settings.append(f"\n{trial.reason}", "red")
         table.add_row(
             str(trial.number),
             trial.status,
             "-" if trial.value is None else percent(trial.value),
-            str(trial.best_epoch or "-"),
-            str(trial.epochs or "-"),
-            *(setting_text(trial.settings.get(name)) for name in columns),
-            trial.reason,
+            f"{trial.best_epoch or '-'} of {trial.epochs or '-'}",
+            str(trial.settings.get("backbone", "")),
+            settings,
         )
     console.print(table)
     console.print(_counts(trials), highlight=False)

@@ -374,7 +374,7 @@ def test_a_torchvision_network_is_fine_tuned() -> None:
 
 def test_a_backbone_without_parameters_cannot_be_unfrozen() -> None:
     encoder = build_encoder("ffn", weights="none", input_size=SIZE)
-    with pytest.raises(InputError, match="ffn has no layers that can be trained(.|\n)*probe"):
+    with pytest.raises(InputError, match=r"ffn has no layers that can be trained(.|\n)*probe"):
         _finetune(encoder)
     config = dataclasses.replace(CONFIG, backbone="ffn", unfrozen_stages=0)
     assert _finetune(encoder, config).status is Status.COMPLETE

@@ -134,5 +134,5 @@ def test_attention_with_a_temperature_each_is_attention_with_numbers() -> None:
 def test_settings_of_other_heads_are_ignored_and_unknown_kinds_refused() -> None:
     head = build_head("linear", num_features=D, num_classes=C, hidden_sizes=(5,), csra_lambda=1.0)
     assert len(head.layers) == 1
-    with pytest.raises(InputError, match="unknown head 'cnn'(.|\n)*csra, linear, mlp"):
+    with pytest.raises(InputError, match=r"unknown head 'cnn'(.|\n)*csra, linear, mlp"):
         build_head("cnn", num_features=D, num_classes=C)

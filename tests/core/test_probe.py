@@ -22,7 +22,7 @@ from core.inputs import feature_statistics
 from core.metrics import topk_recall
 from core.probe import METRICS, train_probes
 from core.report import Metrics, Outcome, Status
-from core.stack import head_settings
+from core.stack import HeadStack, head_settings
 
 N, D, P, C = 150, 8, 4, 5
 TRAIN, VALIDATION = np.arange(100, dtype=np.int64), np.arange(100, N, dtype=np.int64)
@@ -314,7 +314,9 @@ def test_a_small_memory_makes_more_stacks_and_the_same_outcomes(
         return stack(members, **settings)
 
     monkeypatch.setattr(probe, "HeadStack", counting)
-    size = probe.bytes_of_head(FEW, num_features=D, num_classes=C, num_evaluated=len(VALIDATION))
+    size = probe.bytes_of_head(
+        FEW, num_features=D, num_places=1, num_classes=C, num_evaluated=len(VALIDATION)
+    )
     monkeypatch.setattr(probe, "STACK_BYTES", 2 * size)
     for one, other in zip(whole, _train(configs), strict=True):
         _assert_same(one, other, exactly=False)
@@ -322,6 +324,29 @@ def test_a_small_memory_makes_more_stacks_and_the_same_outcomes(
     monkeypatch.setattr(probe, "STACK_BYTES", 1)
     _train(configs[:2])
     assert sizes[3:] == [1, 1]
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp", "csra"])
+def test_the_memory_of_a_head_covers_what_a_step_keeps(head: str) -> None:
+    """What autograd saves of the batch is most of it, and grows with batch and places."""
+    sizes = {"hidden_sizes": (40, 30)} if head == "mlp" else {}
+    config = dataclasses.replace(FEW, head=head, batch_size=64, loss="asymmetric", **sizes)
+    num_places = 50 if head == "csra" else 1
+    stack = HeadStack([config], num_features=D, train_targets_NC=_data()[1], steps_per_epoch=9)
+    shape = (64, num_places, D) if head == "csra" else (64, D)
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        stack.step(torch.randn(shape), _data()[1][:64])
+    size = probe.bytes_of_head(
+        config, num_features=D, num_places=num_places, num_classes=C, num_evaluated=0
+    )
+    assert size / 6 < sum(saved.values()) < size
 
 
 @pytest.mark.parametrize("objective", METRICS)

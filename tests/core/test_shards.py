@@ -222,7 +222,7 @@ def test_wrong_values_are_never_recorded(tmp_path: Path) -> None:
         matrix.write_shard(2, _whole()[:SHARD_ROWS])
     values = _whole()[:SHARD_ROWS]
     values[7, 1] = np.nan
-    with pytest.raises(FloatingPointError, match="shard 0 of .* not finite"):
+    with pytest.raises(FloatingPointError, match=r"shard 0 of .* not finite"):
         matrix.write_shard(0, values)
     assert matrix.missing_shards() == [0, 1, 2]
 
@@ -246,7 +246,7 @@ def test_a_full_disk_is_said_before_any_work(
 
 def test_a_folder_that_cannot_be_written_is_an_input_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match="cannot be written(.|\n)*TUNER_HOME"):
+    with pytest.raises(InputError, match=r"cannot be written(.|\n)*TUNER_HOME"):
         _make(tmp_path / "file" / "m")
 
 
