@@ -7,19 +7,17 @@ N pictures, D features, P places of a map.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .encoders import Encoder, pool, weights_fingerprint
 from .pixels import Pictures, Progress
+from .precision import FLOAT32, autocast, inference_precision
 from .shards import ShardedMatrix, content_key
 
 MAP = "map"
@@ -43,6 +41,8 @@ class FeatureSpec:
     resize: str
     pooling: str
     """`avg`, `max` or `map`."""
+    precision: str
+    """Type in which the backbone computes: see `core.precision`."""
     dtype: str
     """Type in which features are kept."""
 
@@ -51,9 +51,11 @@ class FeatureSpec:
         return content_key(asdict(self))
 
 
-def describe_features(encoder: Encoder, *, pictures: str, pooling: str) -> FeatureSpec:
-    """The spec of an encoder's features. Maps are kept in half precision: they are P times the
-    size, and the head that reads them averages over places."""
+def describe_features(
+    encoder: Encoder, *, pictures: str, pooling: str, device: torch.device | str = "cpu"
+) -> FeatureSpec:
+    """The spec of an encoder's features as `device` computes them. Maps are kept in half
+    precision: they are P times the size, and the head that reads them averages over places."""
     return FeatureSpec(
         pictures=pictures,
         backbone=encoder.backbone.name,
@@ -61,6 +63,7 @@ def describe_features(encoder: Encoder, *, pictures: str, pooling: str) -> Featu
         input_size=encoder.backbone.input_size,
         resize=encoder.backbone.resize,
         pooling=pooling,
+        precision=inference_precision(device) if encoder.backbone.trainable else FLOAT32,
         dtype="float16" if pooling == MAP else "float32",
     )
 
@@ -93,6 +96,7 @@ def compute_features(
     store: ShardedMatrix,
     *,
     pooling: str,
+    precision: str,
     pictures_of: Callable[[int], Pictures],
     shards: Sequence[int],
     device: torch.device | str = "cpu",
@@ -105,19 +109,21 @@ def compute_features(
         encoder: frozen; moved to `device` and put in evaluation mode.
         store: the matrix to fill.
         pooling: `avg`, `max` or `map`.
+        precision: see `core.precision`.
         pictures_of: shard -> its uint8 pictures [n, size, size, 3].
         shards: which ones, in this order.
         batch_size: pictures a forward pass.
         progress: called with (pictures done, pictures to do).
     """
-    encoder = encoder.to(device).eval()
+    encoder = encoder.to(device).to(memory_format=torch.channels_last).eval()
     total = sum(store.shard_rows(s).stop - store.shard_rows(s).start for s in shards)
     done = 0
     for shard, pixels in _read_ahead(shards, pictures_of):
         parts = []
         for start in range(0, len(pixels), batch_size):
             batch = pixels[start : start + batch_size]
-            parts.append(encode(encoder, batch, pooling=pooling, device=device).cpu())
+            features = encode(encoder, batch, pooling=pooling, precision=precision, device=device)
+            parts.append(features.cpu())
             done += len(batch)
             if progress is not None:
                 progress(done, total)
@@ -126,11 +132,18 @@ def compute_features(
 
 @torch.inference_mode()
 def encode(
-    encoder: Encoder, pictures_NhwC: Pictures, *, pooling: str, device: torch.device | str = "cpu"
+    encoder: Encoder,
+    pictures_NhwC: Pictures,
+    *,
+    pooling: str,
+    precision: str = FLOAT32,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Features of uint8 pictures [N, size, size, 3]: [N, D], or [N, P, D] for `map`."""
+    """Features of uint8 pictures [N, size, size, 3]: float32 [N, D], or [N, P, D] for `map`."""
     images = torch.from_numpy(pictures_NhwC).to(device).permute(0, 3, 1, 2)
-    map_NDhw: Tensor = encoder(images.float().div_(255))
+    with autocast(device, precision):
+        map_NDhw: Tensor = encoder(images.float().div_(255))
+    map_NDhw = map_NDhw.float()
     if pooling == MAP:
         return map_NDhw.flatten(2).transpose(1, 2)
     return pool(map_NDhw, pooling)
@@ -147,17 +160,3 @@ def _read_ahead(
             if place + 1 < len(shards):
                 pending.append(reader.submit(read, shards[place + 1]))
             yield shard, current.result()
-
-
-def measure_rate(
-    encoder: Encoder, *, device: torch.device | str = "cpu", batch_size: int = BATCH
-) -> float:
-    """Pictures a second of the bare forward pass, from two timed batches after one to warm up."""
-    size = encoder.backbone.input_size
-    blank: Any = np.zeros((batch_size, size, size, 3), dtype=np.uint8)
-    encoder = encoder.to(device).eval()
-    encode(encoder, blank, pooling="avg", device=device)
-    started = time.perf_counter()
-    for _ in range(2):
-        encode(encoder, blank, pooling="avg", device=device).cpu()
-    return 2 * batch_size / (time.perf_counter() - started)

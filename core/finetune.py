@@ -189,7 +189,7 @@ def _build(
             where="unfrozen_stages",
             hint="use it with mode: probe",
         )
-    encoder = encoder.to(device)
+    encoder = encoder.to(device).to(memory_format=torch.channels_last)
     for parameter in encoder.parameters():
         parameter.requires_grad_(False)
     unfrozen = encoder.stages()[-config.unfrozen_stages :] if config.unfrozen_stages else []

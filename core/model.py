@@ -58,7 +58,7 @@ class Classifier:
         """Probability from which a class counts as predicted, one a class; None: not tuned."""
         self.input_size = input_size
         self.metadata = dict(metadata)
-        self._encoder = encoder.to(device).eval()
+        self._encoder = encoder.to(device).to(memory_format=torch.channels_last).eval()
         self._head = head.to(device).eval()
         self._pooling = pooling
         self._mean_D = None if feature_mean_D is None else feature_mean_D.to(device)

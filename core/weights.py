@@ -119,7 +119,8 @@ def fit_state(network: nn.Module, state: Mapping[str, Tensor], *, where: str, na
     Raises:
         InputError: the first keys or shapes that do not fit.
     """
-    module, dropped = network, (*HEADS, *SIDE_BRANCHES)
+    module = network
+    dropped: tuple[str, ...] = (*HEADS, *SIDE_BRANCHES)
     if isinstance(network, TimmNetwork):
         # Built without a classifier: what is left of its head is part of the encoder.
         module, dropped = network.model, ()
@@ -148,7 +149,7 @@ def _prepare(
     # A copy that keeps the version numbers that torch hides on its state dicts.
     prepared = copy.copy(state) if isinstance(state, OrderedDict) else OrderedDict(state)
     if not hasattr(prepared, "_metadata"):
-        prepared._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
+        setattr(prepared, "_metadata", network.state_dict()._metadata)
     for key in list(prepared):
         if key.split(".")[0] in dropped:
             del prepared[key]

@@ -105,7 +105,7 @@ def search(
         return
     end = run_search(request, home_of(), console)
     print_end(end, console)
-    if end.interrupted:
+    if end.result is None:
         sys.exit(INTERRUPTED)
 
 
@@ -131,7 +131,7 @@ def resume(study: str, trials: int | None, hours: float | None, address: str) ->
         open_study(home, study), home, console, trials=trials, hours=hours, address=address
     )
     print_end(end, console)
-    if end.interrupted:
+    if end.result is None:
         sys.exit(INTERRUPTED)
 
 

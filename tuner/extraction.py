@@ -74,9 +74,12 @@ def ensure_features(
         pixels = PixelStore(context.cache, pixel_spec, context.table.paths)
         pixels.fill(_missing(pixels.matrix, share), progress)
         return pixels.matrix
+    spec = describe_features(
+        encoder, pictures=context.pictures, pooling=request.pooling, device=device
+    )
     store = feature_store(
         context.cache,
-        describe_features(encoder, pictures=context.pictures, pooling=request.pooling),
+        spec,
         num_images=context.table.num_images,
         row_shape=feature_shape(encoder, request.pooling),
     )
@@ -86,6 +89,7 @@ def ensure_features(
             encoder,
             store,
             pooling=request.pooling,
+            precision=spec.precision,
             pictures_of=PixelStore(context.cache, pixel_spec, context.table.paths).shard,
             shards=shards,
             device=device,

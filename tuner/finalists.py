@@ -33,8 +33,9 @@ SEED_OFFSET = 500_000_003
 """Between a trial's own seed and those of its repetitions."""
 SERVED_PICTURES = 8
 """Test pictures on which the saved model must answer as the trained one did."""
-SERVED_TOLERANCE = 0.02
-"""Largest difference of a probability there: features may be cached in half precision."""
+SERVED_TOLERANCE = 0.05
+"""Largest difference of a probability there: features are computed in bfloat16 where that is fast,
+a served model computes in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)

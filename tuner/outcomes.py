@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ class EndedTrial:
 
 
 class OutcomeLog:
-    """The file `outcomes.jsonl` of a study; a `Watcher`."""
+    """The file `outcomes.jsonl` of a study."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
@@ -52,14 +52,6 @@ class OutcomeLog:
                 number=values["number"], settings=values["settings"], outcome=Outcome(**outcome)
             )
         return ended
-
-    def trial_started(self, number: int, settings: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def cohort_progress(
-        self, numbers: Sequence[int], epoch: int, values: Mapping[int, float]
-    ) -> None:
-        """Nothing."""
 
     def trial_ended(self, number: int, settings: Mapping[str, Any], outcome: Outcome) -> None:
         """Append a line and bring it to the disk."""

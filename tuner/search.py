@@ -39,10 +39,8 @@ class SearchEnd:
     """How a search ended."""
 
     study: Study
-    interrupted: bool
-    """Stopped by a person or a signal: `tuner resume` goes on."""
     result: Result | None
-    """The winner; None if the study was interrupted."""
+    """The winner; None if the study was interrupted: `tuner resume` goes on."""
     floor: float
     """The objective that always answering the commonest classes reaches on validation."""
 
@@ -104,6 +102,7 @@ def run(
         floor=floor,
     )
     view = StudyView(console, space, budget=plan.trials, floor=floor)
+    result = None
     try:
         tracker.start_study(
             _study_params(study, table, split), [study.folder / "study.json", study.split_path]
@@ -113,18 +112,18 @@ def run(
             context = _context(study, home, table, split, plan, workers)
             features = _extract(context, plan, workers, console)
             tracker.flush()
-            interrupted = run_trials(
+            if run_trials(
                 study, space, context, plan, workers, features=features, tracker=tracker, view=view
-            )
-            result = None
-            if not interrupted:
+            ):
                 result = crown_and_register(
                     study, space, context, workers, features, tracker, console
                 )
-        tracker.end_study("KILLED" if interrupted else "FINISHED")
+        tracker.end_study("FINISHED" if result else "KILLED")
+    except KeyboardInterrupt:
+        tracker.end_study("KILLED")
     finally:
         tracker.close()
-    return SearchEnd(study=study, interrupted=interrupted, result=result, floor=floor)
+    return SearchEnd(study=study, result=result, floor=floor)
 
 
 def _context(

@@ -22,6 +22,7 @@ from core.report import Outcome, Status
 
 from .channel import ChannelHandle
 from .context import FeatureRequest, request_of
+from .outcomes import OutcomeLog
 from .space import SearchSpace
 from .study import OUTCOME, outcome_attribute
 
@@ -94,6 +95,7 @@ class CohortSearcher(Searcher):
     Args:
         study: with sampler and pruner.
         features: folder of each request's matrix.
+        log: keeps every outcome before anyone is told.
         rungs: epochs at which the pruner is asked.
         unfinished: trials of an earlier session that were running when it ended; they go first.
     """
@@ -106,6 +108,7 @@ class CohortSearcher(Searcher):
         budget: Budget,
         features: Mapping[FeatureRequest, str],
         channel: ChannelHandle,
+        log: OutcomeLog,
         watchers: Sequence[Watcher],
         seed: int,
         rungs: Sequence[int],
@@ -119,6 +122,7 @@ class CohortSearcher(Searcher):
         self._budget = budget
         self._features = features
         self._channel = channel
+        self._log = log
         self._watchers = watchers
         self._seed = seed
         self._rungs = frozenset(rungs)
@@ -258,18 +262,22 @@ class CohortSearcher(Searcher):
         return len(self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
 
     def _end(self, trial: optuna.Trial, settings: Settings, outcome: Outcome) -> None:
-        self._tell(trial, outcome)
+        """The log first: what it holds can be told again, should we die before the rest."""
+        self._log.trial_ended(trial.number, settings, outcome)
+        tell(self._study, trial, outcome)
         for watcher in self._watchers:
             watcher.trial_ended(trial.number, settings, outcome)
 
-    def _tell(self, trial: optuna.Trial, outcome: Outcome) -> None:
-        from optuna.trial import TrialState
 
-        trial.set_user_attr(OUTCOME, outcome_attribute(outcome))
-        match outcome.status:
-            case Status.COMPLETE:
-                self._study.tell(trial, outcome.best_value)
-            case Status.PRUNED:
-                self._study.tell(trial, state=TrialState.PRUNED)
-            case Status.FAILED:
-                self._study.tell(trial, state=TrialState.FAIL)
+def tell(study: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> None:
+    """Tell Optuna a trial's end, with the rest of the outcome as an attribute."""
+    from optuna.trial import TrialState
+
+    trial.set_user_attr(OUTCOME, outcome_attribute(outcome))
+    match outcome.status:
+        case Status.COMPLETE:
+            study.tell(trial, outcome.best_value)
+        case Status.PRUNED:
+            study.tell(trial, state=TrialState.PRUNED)
+        case Status.FAILED:
+            study.tell(trial, state=TrialState.FAIL)

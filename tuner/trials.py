@@ -6,24 +6,23 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import optuna
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from .channel import start_channel
 from .cluster import Workers
 from .cohort import run_cohort
 from .context import Context, FeatureRequest
 from .live import StudyView
-from .outcomes import OutcomeLog
+from .outcomes import EndedTrial, OutcomeLog
 from .plan import Plan
 from .sampling import build_pruner, build_sampler
-from .searcher import Budget, CohortSearcher
+from .searcher import Budget, CohortSearcher, tell
 from .space import SearchSpace
 from .study import Study
 from .tracking import Tracker
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    import optuna
 
 WORKER_RETRIES = 2
 """How often a cohort whose worker died is run again."""
@@ -42,11 +41,13 @@ def run_trials(
     tracker: Tracker,
     view: StudyView,
 ) -> bool:
-    """Run trials until the budget is spent; True if that was interrupted.
+    """Run trials; True when the budget is spent, False if that was interrupted.
 
     Trials that an earlier session left running go first, under their own numbers.
     """
-    finished, unfinished = _earlier_trials(study)
+    log = OutcomeLog(study.folder)
+    finished, unfinished = _earlier_trials(study.optuna(), log.read())
+    tracker.repair(log.read(), finished)
     optuna_study = study.optuna(
         sampler=build_sampler(
             space.sampler, space, study.record.seed + SAMPLER_STRIDE * len(finished)
@@ -56,8 +57,6 @@ def run_trials(
     if not finished and not unfinished:
         for point in space.points:
             optuna_study.enqueue_trial(space.to_params(point), skip_if_exists=True)
-    log = OutcomeLog(study.folder)
-    tracker.repair(log.read(), [trial.number for trial in finished])
     channel = start_channel()
     searcher = CohortSearcher(
         optuna_study,
@@ -65,7 +64,8 @@ def run_trials(
         budget=Budget(trials=plan.trials, deadline=plan.deadline),
         features=features,
         channel=channel,
-        watchers=[log, tracker, view],
+        log=log,
+        watchers=[tracker, view],
         seed=study.record.seed,
         rungs=plan.rungs,
         unfinished=[Trial(optuna_study, trial._trial_id) for trial in unfinished],
@@ -74,7 +74,7 @@ def run_trials(
         _fit(searcher, study, context, channel, workers)
     tracker.trials_interrupted(searcher.running_numbers)
     tracker.flush()
-    return searcher.interrupted
+    return not searcher.interrupted
 
 
 def _fit(
@@ -106,9 +106,19 @@ def _fit(
 
 
 def _earlier_trials(
-    study: Study,
-) -> tuple[Sequence[optuna.trial.FrozenTrial], Sequence[optuna.trial.FrozenTrial]]:
-    """Trials with an end, and trials that were running when an earlier session ended."""
-    trials = study.optuna().get_trials(deepcopy=False)
-    finished = [trial for trial in trials if trial.state.is_finished()]
-    return finished, [trial for trial in trials if trial.state == TrialState.RUNNING]
+    study: optuna.Study, ended: Mapping[int, EndedTrial]
+) -> tuple[list[int], list[FrozenTrial]]:
+    """Numbers of trials with an end, and trials that were running when an earlier session ended.
+
+    A trial whose end was logged but not told is told now.
+    """
+    finished, unfinished = [], []
+    for trial in study.get_trials(deepcopy=False):
+        if trial.state == TrialState.RUNNING and trial.number in ended:
+            tell(study, Trial(study, trial._trial_id), ended[trial.number].outcome)
+            finished.append(trial.number)
+        elif trial.state == TrialState.RUNNING:
+            unfinished.append(trial)
+        elif trial.state.is_finished():
+            finished.append(trial.number)
+    return finished, unfinished

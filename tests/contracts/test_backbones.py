@@ -342,5 +342,5 @@ def test_onnx_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     write_onnx(tmp_path / "fixed.onnx", size=16)
     with pytest.raises(InputError, match="reads pictures of 16 px only, but got 32"):
         build("onnx/fixed.onnx", input_size=32)
-    with pytest.raises(InputError, match="weights: .*holds its weights itself"):
+    with pytest.raises(InputError, match=r"weights: .*holds its weights itself"):
         build("onnx/fixed.onnx", weights="none")

@@ -67,7 +67,7 @@ def test_finite_with_finite_gradient_however_sure_the_head(
     assert logits_NC.grad.abs().sum() > 0
 
 
-GAMMAS = [{"gamma": 0.0}, {"gamma": 0.5}, {"gamma_positive": 0.0, "gamma_negative": 0.5}]
+GAMMAS = [{"gamma": 0.0}, {"gamma": 0.5}, {"gamma_positive": 0.3, "gamma_negative": 0.5}]
 
 
 @pytest.mark.parametrize("settings", GAMMAS, ids=str)

@@ -5,7 +5,6 @@ N rows, D features, C classes.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -187,12 +186,15 @@ def test_the_state_kept_gives_the_best_epochs_metrics(
     assert found == pytest.approx(expected, abs=1e-6)
 
 
-def test_scaling_comes_from_the_training_pictures_before_training() -> None:
+@pytest.mark.parametrize("head", ["linear", "csra"])
+def test_scaling_comes_from_the_training_pictures_before_training(head: str) -> None:
+    """Of pooled features, or of every place for a head that reads the map."""
     encoder = _encoder()
     with torch.no_grad():
-        pooled_ND = encoder(_images(_data()[0])).mean((2, 3)).numpy()
-    outcome = _finetune(copy.deepcopy(encoder))
-    mean_D, deviation_D = feature_statistics(pooled_ND, TRAIN)
+        map_NDhw = encoder(_images(_data()[0]))
+    features = map_NDhw.flatten(2).transpose(1, 2) if head == "csra" else map_NDhw.mean((2, 3))
+    outcome = _finetune(encoder, dataclasses.replace(CONFIG, head=head))
+    mean_D, deviation_D = feature_statistics(features.numpy(), TRAIN)
     assert outcome.state is not None
     torch.testing.assert_close(outcome.state["mean_D"], mean_D)
     torch.testing.assert_close(outcome.state["deviation_D"], deviation_D)
@@ -243,6 +245,8 @@ def test_a_run_depends_on_its_seeds_alone(change: dict[str, Any]) -> None:
     torch.manual_seed(1)
     np.random.seed(1)
     first = _finetune(_encoder(), config)
+    if change:  # it is not without effect
+        assert not _same(first, _finetune(_encoder()))
     torch.manual_seed(2)
     np.random.seed(2)
     before = torch.get_rng_state()
@@ -292,7 +296,9 @@ def test_flips_change_from_epoch_to_epoch() -> None:
         CONFIG, horizontal_flip=True, feature_norm="none", epochs=12, batch_size=1
     )
     finetune(encoder, pictures, targets_NC, TRAIN[:1], VALIDATION[:4], config, report=_keep_going)
-    trained = seen[::2]  # then one validation batch an epoch, and one of the best epoch's metrics
+    trained = seen[
+        :-1:2
+    ]  # beside each, one validation batch an epoch, and one of the best epoch's metrics
     assert len(seen) == 2 * config.epochs + 1
     assert {True, False} == set(trained)
 

@@ -138,6 +138,37 @@ def test_the_learning_rate_is_reported_as_scheduled() -> None:
     np.testing.assert_allclose(rates, expected, rtol=1e-5)
 
 
+def test_a_curve_is_that_of_a_plain_loop() -> None:
+    """torch.optim on scaled features, with the batches that the order's seed gives."""
+    (outcome,) = _train([FEW], order_seed=6)
+    features, targets_NC = _data()
+    mean_D, deviation_D = feature_statistics(features, TRAIN)
+    x_ND = (torch.from_numpy(features) - mean_D) / deviation_D
+    head = build_head(num_features=D, num_classes=C, **head_settings(FEW))
+    optimizer = torch.optim.AdamW(head.parameters(), lr=FEW.lr, weight_decay=0.0)
+    loss_of = torch.nn.BCEWithLogitsLoss()
+    for epoch, metrics in enumerate(outcome.curve, 1):
+        total = 0.0
+        for rows in np.split(np.random.default_rng([6, epoch]).permutation(TRAIN), [32, 64, 96]):
+            loss = loss_of(head(x_ND[rows]), targets_NC[rows])
+            total += loss.item() * len(rows)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            logits_NC = head(x_ND)
+        seen = TRAIN[::2][: len(VALIDATION)]  # as many as validation rows, spread evenly
+        expected = {
+            "train_loss": total / len(TRAIN),
+            "train_top3_accuracy": topk_recall(logits_NC[seen], targets_NC[seen]),
+            "validation_loss": loss_of(logits_NC[VALIDATION], targets_NC[VALIDATION]),
+            "validation_top3_accuracy": topk_recall(logits_NC[VALIDATION], targets_NC[VALIDATION]),
+            "lr": FEW.lr,
+        }
+        expected = {name: float(value) for name, value in expected.items()}
+        assert metrics == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("head", ["linear", "mlp", "csra"])
 @pytest.mark.parametrize("feature_norm", ["standardize", "none"])
 def test_the_state_kept_is_the_best_epochs(head: str, feature_norm: str) -> None:
@@ -292,12 +323,13 @@ def test_company_does_not_change_a_trial(head: str) -> None:
         settings["dropout"] = 0.3
     config = dataclasses.replace(FEW, seed=11, **settings)
     others = [
+        dataclasses.replace(config, seed=4, batch_size=50),
         dataclasses.replace(config, seed=1, optimizer="sgd", loss="focal", epochs=2),
         dataclasses.replace(config, seed=2, loss="cross_entropy", label_smoothing=0.1),
         dataclasses.replace(config, seed=3, class_weights="inverse", lr=0.5),
     ]
     (alone,) = _train([config], keep_state=True)
-    _assert_same(_train([*others, config], keep_state=True)[3], alone, exactly=False)
+    _assert_same(_train([*others, config], keep_state=True)[-1], alone, exactly=False)
     _assert_same(_train([config, *others[::-1]], keep_state=True)[0], alone, exactly=False)
 
 

@@ -17,9 +17,9 @@ from sklearn.preprocessing import StandardScaler
 
 from core.errors import InputError
 from core.synth import draw_poster, draw_posters
-from core.synth_labels import GENRES, MIN_IMAGES, min_positives, sample_label_sets
-from core.synth_looks import LOOKS
-from core.synth_scenes import SCENES
+from core.synth.labels import GENRES, MIN_IMAGES, min_positives, sample_label_sets
+from core.synth.looks import LOOKS
+from core.synth.scenes import SCENES
 
 REAL_HEADER = (
     "Id,Genre,Action,Adventure,Animation,Biography,Comedy,Crime,Documentary,Drama,Family,Fantasy,"
@@ -129,7 +129,7 @@ def test_nothing_is_overwritten_and_nothing_left_behind(
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("core.synth.draw_poster", interrupt)
+    monkeypatch.setattr("core.synth.posters.draw_poster", interrupt)
     with pytest.raises(KeyboardInterrupt):
         draw_posters(tmp_path / "set")
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]

@@ -30,12 +30,6 @@ from core.model import load_model, save_model
 from tuner import packaging
 from tuner.packaging import build_model, log_model, pip_requirements, prediction_files
 
-pytestmark = [
-    # MLflow 3.17 itself, under SQLAlchemy 2.1 and pandas 3.
-    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy"),
-    pytest.mark.filterwarnings("ignore:Operation with range is deprecated"),
-    pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType"),
-]
 CLASSES = ["Action", "N/A", "Sci-Fi"]
 
 

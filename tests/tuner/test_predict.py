@@ -29,12 +29,6 @@ from tuner.predict import (
     predict_paths,
 )
 
-pytestmark = [
-    # MLflow 3.17 itself, under SQLAlchemy 2.1 and pandas 3.
-    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy"),
-    pytest.mark.filterwarnings("ignore:Operation with range is deprecated"),
-    pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType"),
-]
 CLASSES = ("Action", "N/A", "Sci-Fi", "War")
 
 

@@ -91,7 +91,7 @@ PARAMETERS: list[tuple[str, str]] = [
     ),
     (
         "optimizer: sgd\n  momentum: [0.9, 0]\n  nesterov: [false, true]",
-        "line 5, parameters.nesterov: (not nesterov) or momentum > 0 must hold, but got nesterov=True",
+        "parameters.nesterov: (not nesterov) or momentum > 0 must hold, but got nesterov=True",
     ),
     (
         "optimizer: [sgd, adam]\n  lr:\n    - {low: 1, high: 2}\n"

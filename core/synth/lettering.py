@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
-from .errors import InputError
-from .synth_canvas import Canvas, Colour
+from ..errors import InputError
+from .canvas import Canvas, Colour
 
 _CAP_PX = 64
 

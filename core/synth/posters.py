@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance
 
-from .errors import InputError
-from .staging import staged_folder
-from .synth_canvas import BLACK, SUPERSAMPLING, WHITE, Canvas, Colour, Palette, luminance, mix
-from .synth_labels import GENRES, genre_share, sample_label_sets
-from .synth_lettering import Band, set_small, set_title
-from .synth_looks import FIRST_NAMES, LAST_NAMES, LOOKS, TITLE_FORMS
-from .synth_scenes import SCENES
+from ..errors import InputError
+from ..staging import staged_folder
+from .canvas import BLACK, SUPERSAMPLING, WHITE, Canvas, Colour, Palette, luminance, mix
+from .labels import GENRES, genre_share, sample_label_sets
+from .lettering import Band, set_small, set_title
+from .looks import FIRST_NAMES, LAST_NAMES, LOOKS, TITLE_FORMS
+from .scenes import SCENES
 
 # Label noise, set so that a linear model of pixels gains about 17 points of top3_accuracy on the
 # three most common genres (600 posters), far from all there is to find.
@@ -39,7 +39,7 @@ def draw_posters(
     """Draw a poster set: `folder/train.csv` (27 columns) and `folder/Images/<Id>.jpg`.
 
     `size` is (width, height) in pixels. The folder must not exist or be empty; it appears when all
-    is drawn. Raises InputError for a folder in use, fewer than `synth_labels.MIN_IMAGES` posters,
+    is drawn. Raises InputError for a folder in use, fewer than `labels.MIN_IMAGES` posters,
     or a side outside 48 to 1024 pixels.
     """
     if not all(_MIN_SIDE <= side <= _MAX_SIDE for side in size):

@@ -6,7 +6,7 @@ import functools
 
 import numpy as np
 
-from .synth_canvas import Canvas, Colour, Point, mix
+from .canvas import Canvas, Colour, Point, mix
 
 # Joints of a figure 1 high, feet at y = 0, x to the right; each limb is a polyline.
 _STAND = {

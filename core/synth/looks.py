@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .synth_canvas import Colour, Palette
-from .synth_lettering import Lettering
+from .canvas import Colour, Palette
+from .lettering import Lettering
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +188,7 @@ LOOKS: dict[str, Look] = {
         "Gunslinger Canyon Sheriff Mesa Outlaw Stagecoach Dust Rio",
     ),
 }
-"""Genre to look: one for every name in `core.synth_labels.GENRES`."""
+"""Genre to look: one for every name in `core.synth.labels.GENRES`."""
 
 TITLE_FORMS = (
     "The {a}",

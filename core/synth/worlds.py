@@ -1,14 +1,14 @@
 """Scenes of genres that play in a world of their own: crime streets, castles, planets, deserts.
 
-One function a genre; see `core.synth_scenes` for the rules they share.
+One function a genre; see `core.synth.scenes` for the rules they share.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from .synth_canvas import BLACK, Canvas, mix
-from .synth_figures import person, skyline, star, tree
+from .canvas import BLACK, Canvas, mix
+from .figures import person, skyline, star, tree
 
 
 def action(c: Canvas) -> None:

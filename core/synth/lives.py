@@ -1,14 +1,14 @@
 """Scenes of genres about people's lives: faces, families, stages, sheets of paper.
 
-One function a genre; see `core.synth_scenes` for the rules they share.
+One function a genre; see `core.synth.scenes` for the rules they share.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from .synth_canvas import BLACK, WHITE, Canvas, mix
-from .synth_figures import bust, face, heart, person, skyline, star, tree
+from .canvas import BLACK, WHITE, Canvas, mix
+from .figures import bust, face, heart, person, skyline, star, tree
 
 
 def animation(c: Canvas) -> None:
