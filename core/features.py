@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .encoders import Encoder, pool, weights_fingerprint
 from .pixels import Pictures, Progress
-from .precision import FLOAT32, autocast, inference_precision
+from .precision import FLOAT32, autocast
 from .shards import ShardedMatrix, content_key
 
 MAP = "map"
@@ -52,10 +52,11 @@ class FeatureSpec:
 
 
 def describe_features(
-    encoder: Encoder, *, pictures: str, pooling: str, device: torch.device | str = "cpu"
+    encoder: Encoder, *, pictures: str, pooling: str, precision: str = FLOAT32
 ) -> FeatureSpec:
-    """The spec of an encoder's features as `device` computes them. Maps are kept in half
-    precision: they are P times the size, and the head that reads them averages over places."""
+    """The spec of an encoder's features. Maps are kept in half precision: they are P times the
+    size, and the head that reads them averages over places. A backbone that torch does not
+    compute (ONNX, pixels) is float32 whatever `precision` says."""
     return FeatureSpec(
         pictures=pictures,
         backbone=encoder.backbone.name,
@@ -63,7 +64,7 @@ def describe_features(
         input_size=encoder.backbone.input_size,
         resize=encoder.backbone.resize,
         pooling=pooling,
-        precision=inference_precision(device) if encoder.backbone.trainable else FLOAT32,
+        precision=precision if encoder.backbone.trainable else FLOAT32,
         dtype="float16" if pooling == MAP else "float32",
     )
 

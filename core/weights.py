@@ -147,9 +147,11 @@ def _prepare(
     from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
     # A copy that keeps the version numbers that torch hides on its state dicts.
-    prepared = copy.copy(state) if isinstance(state, OrderedDict) else OrderedDict(state)
-    if not hasattr(prepared, "_metadata"):
-        setattr(prepared, "_metadata", network.state_dict()._metadata)
+    copied: Any = copy.copy(state) if isinstance(state, OrderedDict) else OrderedDict(state)
+    if not hasattr(copied, "_metadata"):
+        present: Any = network.state_dict()
+        copied._metadata = present._metadata
+    prepared: OrderedDict[str, Tensor] = copied
     for key in list(prepared):
         if key.split(".")[0] in dropped:
             del prepared[key]

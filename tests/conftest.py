@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# Before torch is imported: threads that wait for each other must not keep the cores from others.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 def _folder_from(variable: str) -> Path:
     value = os.environ.get(variable)

@@ -20,6 +20,7 @@ from . import cli_data, cli_models
 from .options import data_options, home_of, table_arguments
 
 INTERRUPTED = 130
+SEED = click.IntRange(0, 2**31 - 1)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -40,7 +41,7 @@ def cli() -> None:
 @click.option("--study", help="Name of the study. Default: the space's name and a number.")
 @click.option("--trials", type=int, help="Trials in all. Default: the space's.")
 @click.option("--hours", type=float, help="Start no trial after this time.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seeds split and search.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seeds split and search.")
 @click.option("--folds", type=int, help="Validate on this many folds instead of one part.")
 @click.option(
     "--address", default="local", show_default=True,
@@ -189,7 +190,7 @@ def space_check(space: str) -> None:
 
 
 @cli.command()
-@click.option("--port", type=int, default=5000, show_default=True)
+@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True)
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--tracking-uri", help="MLflow's store. Default: the one in the home folder.")
 def ui(port: int, host: str, tracking_uri: str | None) -> None:

@@ -24,15 +24,15 @@ def check(skip_bad_images: bool, as_json: bool, **options: Any) -> None:
     """Read a table, decode every picture, and report what is in it."""
     from rich.console import Console
 
+    from core.table import read_table
     from core.table_report import describe
 
     from .preparation import check_with_progress
     from .summary import print_table_report
 
     console = Console(stderr=True) if as_json else Console()
-    checked = check_with_progress(
-        table_arguments(options), skip_bad=skip_bad_images, console=console
-    )
+    table = read_table(**table_arguments(options), allow_missing=True)
+    checked = check_with_progress(table, skip_bad=skip_bad_images, console=console)
     report = describe(checked.table, groups=checked.groups)
     if as_json:
         problems = [{"path": str(p.path), "reason": p.reason} for p in checked.problems]

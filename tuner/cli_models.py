@@ -24,10 +24,8 @@ def predict(
 
     from .predict import load_predictor, predict_files
     from .predict_view import prediction_table
-    from .tracking import check_tracking
 
     address = tracking_uri or home_of().tracking_uri
-    check_tracking(address)
     predictions = predict_files(load_predictor(model_uri, address), images)
     if as_json:
         click.echo(json.dumps([p.to_dict() for p in predictions], indent=2))
@@ -52,10 +50,8 @@ def evaluate(
     from .predict import evaluate_model, load_predictor
     from .predict_view import evaluation_view
     from .steps import showing_steps
-    from .tracking import check_tracking
 
     address = tracking_uri or home_of().tracking_uri
-    check_tracking(address)
     table = read_table(**table_arguments(options))
     predictor = load_predictor(model_uri, address)
     with showing_steps(Console(stderr=True)) as steps:

@@ -10,14 +10,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from core.errors import InputError
 
+from .addresses import check_cluster, first_line
+
 LOCAL = "local"
-CONNECT_SECONDS = 10
+AUTO = "auto"
+"""The cluster that runs on this machine, or that RAY_ADDRESS names."""
 DRIVER_VARIABLES = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -51,11 +53,11 @@ def cluster(address: str) -> Iterator[Workers]:
 
     Raises InputError if no cluster answers at the address.
     """
-    if address != LOCAL:
-        _check_answers(address)
+    check_address(address)
     for name, value in (DRIVER_VARIABLES | WORKER_VARIABLES).items():
         os.environ.setdefault(name, value)
     import ray
+    from ray.exceptions import RayError
 
     if ray.is_initialized():
         raise RuntimeError("this process is connected to a Ray already")
@@ -68,19 +70,39 @@ def cluster(address: str) -> Iterator[Workers]:
             # Workers of our own Ray inherit our environment.
             runtime_env=None if address == LOCAL else {"env_vars": WORKER_VARIABLES},
         )
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError, RayError) as error:
         raise InputError(
-            f"Ray cannot be reached ({str(error).splitlines()[0]})",
+            f"Ray cannot be reached ({first_line(error)})",
             where=f"--address {address}",
             hint="`local` for this machine alone, or HOST:PORT of a cluster's head",
         ) from error
     try:
-        yield _workers(ray.nodes())  # type: ignore[no-untyped-call]
+        yield _workers(ray.nodes(), address)  # type: ignore[no-untyped-call]
     finally:
         ray.shutdown()
 
 
-def _workers(nodes: list[dict[str, object]]) -> Workers:
+def check_address(address: str) -> None:
+    """Raises InputError if no cluster answers there: Ray itself waits two minutes for one."""
+    if address == LOCAL:
+        return
+    found: str | None = address
+    if address == AUTO:
+        from ray._private.services import canonicalize_bootstrap_address
+
+        try:
+            found = canonicalize_bootstrap_address(AUTO)
+        except (ConnectionError, ValueError) as error:
+            raise InputError(
+                "no Ray runs on this machine",
+                where=f"--address {address}",
+                hint="start one (ray start --head), or leave the flag out",
+            ) from error
+    if found is not None:
+        check_cluster(found)
+
+
+def _workers(nodes: list[dict[str, object]], address: str) -> Workers:
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     cpus = [float(r.get("CPU", 0)) for r in alive if isinstance(r, dict)]
     gpus = [float(r.get("GPU", 0)) for r in alive if isinstance(r, dict)]
@@ -88,26 +110,10 @@ def _workers(nodes: list[dict[str, object]]) -> Workers:
         per_gpu = min(c / g for c, g in zip(cpus, gpus, strict=True) if g >= 1)
         return Workers(count=int(sum(gpus)), cpus=float(max(1, int(per_gpu))), gpus=1.0)
     usable = [c for c in cpus if c >= 1]
-    return Workers(count=len(usable), cpus=float(int(min(usable))), gpus=0.0)
-
-
-def _check_answers(address: str) -> None:
-    """Ray itself waits for minutes where nobody answers."""
-    if address == "auto":
-        return
-    host, separator, port = address.removeprefix("ray://").rpartition(":")
-    if not separator or not port.isdigit():
+    if not usable:
         raise InputError(
-            "this is no address of a cluster",
+            f"no machine has a core to spare ({len(alive)} are there)",
             where=f"--address {address}",
-            hint="`local`, `auto`, or HOST:PORT of the cluster's head",
+            hint="add a worker (ray start --address HOST:PORT)",
         )
-    try:
-        with socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS):
-            return
-    except (OSError, OverflowError) as error:
-        raise InputError(
-            f"nothing answers there ({error})",
-            where=f"--address {address}",
-            hint="start a cluster (ray start --head), or leave the flag out for this machine",
-        ) from error
+    return Workers(count=len(usable), cpus=float(int(min(usable))), gpus=0.0)

@@ -40,6 +40,8 @@ class Context:
     weights_dir: Path | None
     rungs: tuple[int, ...]
     """Epochs after which trials may be stopped, ascending."""
+    precision: str
+    """In which backbones are computed, on every worker alike: see `core.precision`."""
     num_threads: int
     """CPU threads of a worker: its share of the machine."""
 

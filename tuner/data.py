@@ -6,8 +6,10 @@ left out and counted. Progress goes to a callable: (what, done, total).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,13 +36,12 @@ class CheckedData:
 
 
 def check_data(
-    arguments: dict[str, Any], *, skip_bad: bool, progress: Progress = lambda *_: None
+    table: Table, *, skip_bad: bool, progress: Progress = lambda *_: None
 ) -> CheckedData:
-    """Read and check a table. `arguments` are those of `core.table.read_table`.
+    """Decode every picture of a table and look for duplicates.
 
-    Raises InputError for anything amiss; for damaged pictures, unless `skip_bad`.
+    Raises InputError for damaged or missing pictures, unless `skip_bad`.
     """
-    table = read_table(**arguments, allow_missing=True)
     problems = check_pictures(
         table.paths, progress=lambda done, total: progress("checking pictures", done, total)
     )
@@ -68,7 +69,8 @@ def reread_table(arguments: dict[str, Any], *, skipped: Collection[str], fingerp
     """
     table = read_table(**arguments, allow_missing=True)
     names = set(skipped)
-    table = without_rows(table, {r for r, path in enumerate(table.paths) if path.name in names})
+    bad = {r for r, path in enumerate(table.paths) if name_in(table, path) in names}
+    table = without_rows(table, bad)
     if table.fingerprint() != fingerprint:
         raise InputError(
             "the data changed since the study began",
@@ -76,6 +78,11 @@ def reread_table(arguments: dict[str, Any], *, skipped: Collection[str], fingerp
             hint="bring them back as they were, or start a new study",
         )
     return table
+
+
+def name_in(table: Table, path: Path) -> str:
+    """A picture's path from the data folder, the same wherever that folder is."""
+    return Path(os.path.relpath(path, table.root)).as_posix()
 
 
 def without_rows(table: Table, rows: Collection[int]) -> Table:

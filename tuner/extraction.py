@@ -75,7 +75,10 @@ def ensure_features(
         pixels.fill(_missing(pixels.matrix, share), progress)
         return pixels.matrix
     spec = describe_features(
-        encoder, pictures=context.pictures, pooling=request.pooling, device=device
+        encoder,
+        pictures=context.pictures,
+        pooling=request.pooling,
+        precision=context.precision,
     )
     store = feature_store(
         context.cache,

@@ -11,6 +11,8 @@ from urllib.parse import urlparse
 
 from core.errors import InputError
 
+from .addresses import check_tracking
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
@@ -42,14 +44,16 @@ def find_model(model_uri: str, tracking_uri: str | None, download_to: Path) -> P
 
 
 def connect(tracking_uri: str | None) -> MlflowClient:
-    """A client for reading. Raises InputError for a sqlite file that is not there, which MLflow
-    would silently create."""
+    """A client for reading. Raises InputError if no MLflow answers, and for a sqlite file that is
+    not there, which MLflow would silently create."""
     from mlflow import MlflowClient
 
     if tracking_uri is not None and tracking_uri.startswith("sqlite:///"):
         file = tracking_uri.removeprefix("sqlite:///").split("?")[0]
         if not Path(file).is_file():
             raise InputError("there is no MLflow store", where=tracking_uri, hint="--tracking-uri")
+    if tracking_uri is not None:
+        check_tracking(tracking_uri)
     return MlflowClient(tracking_uri=tracking_uri)
 
 

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core.errors import InputError
+from core.precision import inference_precision
 from core.split import Split
 from core.table import Table
 
-from .cluster import LOCAL, Workers, cluster
+from .addresses import check_tracking
+from .cluster import LOCAL, Workers, check_address, cluster
 from .context import Context
 from .data import reread_table
 from .extraction import extract
@@ -25,8 +28,8 @@ from .live import StudyView
 from .plan import Plan, make_plan
 from .preparation import SearchRequest, objective_floor, prepare
 from .steps import ExtractionView, showing_steps
-from .study import Study, create_study
-from .tracking import Tracker, check_tracking
+from .study import Study, create_study, stored_studies
+from .tracking import Tracker
 from .trials import run_trials
 from .winner import Result, crown_and_register
 
@@ -52,11 +55,18 @@ def search(request: SearchRequest, home: Home, console: Console) -> SearchEnd:
     study = create_study(home, record)
     try:
         split.save(study.split_path)
-        study.optuna()
+        study.optuna(new=True)
     except BaseException:
         shutil.rmtree(study.folder)  # Nothing is in it yet, and it would block its name.
         raise
-    return run(study, home, console, plan=plan, table=table, split=split, address=request.address)
+    try:
+        return run(
+            study, home, console, plan=plan, table=table, split=split, address=request.address
+        )
+    except InputError:
+        if not study.optuna().get_trials(deepcopy=False):
+            study.discard()
+        raise
 
 
 def resume(
@@ -70,11 +80,13 @@ def resume(
 ) -> SearchEnd:
     """Take up an interrupted study, or add trials to a finished one.
 
-    Raises InputError if its data changed or MLflow does not answer.
+    Raises InputError if its data changed, or MLflow, Ray or the storage does not answer.
     """
     record = study.record
-    plan = make_plan(study.space(), trials=trials or record.trials, hours=hours)
+    plan = make_plan(study.space(), trials=record.trials if trials is None else trials, hours=hours)
     check_tracking(record.tracking_uri)
+    stored_studies(record.storage)
+    check_address(address)
     table = reread_table(dict(record.data), skipped=record.skipped, fingerprint=record.fingerprint)
     split = Split.load(study.split_path, table)
     return run(study, home, console, plan=plan, table=table, split=split, address=address)
@@ -121,6 +133,10 @@ def run(
         tracker.end_study("FINISHED" if result else "KILLED")
     except KeyboardInterrupt:
         tracker.end_study("KILLED")
+    except InputError:
+        if not study.optuna().get_trials(deepcopy=False):
+            tracker.withdraw_study()
+        raise
     finally:
         tracker.close()
     return SearchEnd(study=study, result=result, floor=floor)
@@ -142,6 +158,7 @@ def _context(
         weights=record.weights,
         weights_dir=Path(record.weights_dir) if record.weights_dir else None,
         rungs=plan.rungs,
+        precision=inference_precision("cuda" if workers.gpus else "cpu"),
         num_threads=workers.num_threads,
     )
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +20,13 @@ from core.errors import InputError
 from core.report import Outcome, Status
 from core.shards import write_json
 
+from .addresses import first_line, read_database, without_password
 from .home import Home
 from .space import SearchSpace
 
 if TYPE_CHECKING:
     import optuna
+    from sqlalchemy import Connection
 
 FORMAT = 1
 OUTCOME = "outcome"
@@ -105,19 +108,35 @@ class Study:
         *,
         sampler: optuna.samplers.BaseSampler | None = None,
         pruner: optuna.pruners.BasePruner | None = None,
+        new: bool = False,
     ) -> optuna.Study:
-        """The Optuna study, made in its storage if it is not there yet."""
+        """The Optuna study, made in its storage if it is not there yet.
+
+        Raises InputError if it is to be `new` and is there.
+        """
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        return optuna.create_study(
-            storage=open_storage(self.record.storage, self.folder),
-            study_name=self.record.name,
-            sampler=sampler,
-            pruner=pruner,
-            direction="maximize",
-            load_if_exists=True,
-        )
+        try:
+            return optuna.create_study(
+                storage=open_storage(self.record.storage, self.folder),
+                study_name=self.record.name,
+                sampler=sampler,
+                pruner=pruner,
+                direction="maximize",
+                load_if_exists=not new,
+            )
+        except optuna.exceptions.DuplicatedStudyError as error:
+            raise _used_name(self.record.name) from error
+
+    def discard(self) -> None:
+        """Remove a study that never began, so that its name is free again."""
+        import optuna
+
+        if self.record.storage is not None:
+            storage = open_storage(self.record.storage, self.folder)
+            optuna.delete_study(study_name=self.record.name, storage=storage)
+        shutil.rmtree(self.folder)
 
 
 def check_name(name: str) -> None:
@@ -130,22 +149,42 @@ def check_name(name: str) -> None:
         )
 
 
-def refuse_used_name(home: Home, name: str) -> None:
-    """Raises InputError if there is a study of this name."""
+def refuse_used_name(home: Home, name: str, elsewhere: Collection[str] = ()) -> None:
+    """Raises InputError if there is a study of this name in the home, or `elsewhere`."""
     if (home.studies / name).exists():
         raise InputError(
             f"a study named {name!r} exists",
             where="--study",
             hint=f"go on with it: tuner resume {name}; or choose another name",
         )
+    if name in elsewhere:
+        raise _used_name(name)
 
 
-def free_name(home: Home, stem: str) -> str:
-    """`stem-1`, or the first number whose folder does not exist."""
+def free_name(home: Home, stem: str, elsewhere: Collection[str] = ()) -> str:
+    """`stem-1`, or the first number that neither the home nor `elsewhere` holds."""
     number = 1
-    while (home.studies / f"{stem}-{number}").exists():
+    while (home.studies / f"{stem}-{number}").exists() or f"{stem}-{number}" in elsewhere:
         number += 1
     return f"{stem}-{number}"
+
+
+def stored_studies(storage: str | None) -> set[str]:
+    """Names of the studies in an Optuna database; none in a study's own journal.
+
+    Raises InputError if the database does not answer.
+    """
+    if storage is None:
+        return set()
+
+    def read(connection: Connection) -> set[str]:
+        from sqlalchemy import inspect, text
+
+        if not inspect(connection).has_table("studies"):
+            return set()
+        return {str(row[0]) for row in connection.execute(text("SELECT study_name FROM studies"))}
+
+    return read_database(storage, read, flag="--storage", nothing=set())
 
 
 def create_study(home: Home, record: StudyRecord) -> Study:
@@ -192,14 +231,13 @@ def open_storage(url: str | None, folder: Path) -> optuna.storages.BaseStorage:
         return JournalStorage(JournalFileBackend(str(folder / "journal.log")))
     options: dict[str, Any] = {}
     if url.startswith("postgres"):
-        options["connect_args"] = {"connect_timeout": 10}
+        options["connect_args"] = {"connect_timeout": 5}  # of each address of the host
     try:
         return RDBStorage(url, engine_kwargs=options)
     except Exception as error:  # SQLAlchemy's dialects raise errors of their own.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"the storage cannot be opened ({reason})",
-            where=f"--storage {_without_password(url)}",
+            f"the storage cannot be opened ({first_line(error)})",
+            where=f"--storage {without_password(url)}",
             hint="a SQLAlchemy URL: sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE",
         ) from error
 
@@ -250,5 +288,9 @@ _STATUSES = {
 }
 
 
-def _without_password(url: str) -> str:
-    return re.sub(r"://([^:/@]+):[^@]*@", r"://\1:***@", url)
+def _used_name(name: str) -> InputError:
+    return InputError(
+        f"a study named {name!r} is in this MLflow or storage already, from another home",
+        where="--study",
+        hint="choose another name",
+    )

@@ -12,14 +12,14 @@ import logging
 import queue
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.errors import InputError
 from core.report import Outcome, Status
+
+from .addresses import first_line, without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -35,7 +35,6 @@ LEARNT_NOTHING = "tuner.learnt_nothing"
 PARENT = "mlflow.parentRunId"
 NOTE = "mlflow.note.content"
 
-ANSWER_SECONDS = 10
 RETRY_SECONDS = 120
 """How long a failing write is tried again before the study is told."""
 MAX_TEXT = 5000
@@ -105,6 +104,11 @@ class Tracker:
                 )
             )
 
+    def withdraw_study(self) -> None:
+        """Delete the parent run of a study that never began, unless MLflow is what failed."""
+        self._jobs.put(lambda: self._client().delete_run(self.parent_run_id))
+        self._jobs.join()
+
     # ---- trials: a Watcher ----------------------------------------------------------------
 
     def trial_started(self, number: int, settings: Mapping[str, Any]) -> None:
@@ -140,12 +144,11 @@ class Tracker:
         """Wait until all is written. Raises what the writer could not overcome."""
         self._jobs.join()
         if self._error is not None:
-            error, self._error = self._error, None
             raise InputError(
-                f"MLflow could not be written ({_first_line(error)})",
-                where=f"--tracking-uri {self.tracking_uri}",
-                hint="the study's own state is complete: tuner resume writes what is missing",
-            ) from error
+                f"MLflow could not be written ({first_line(self._error)})",
+                where=f"--tracking-uri {without_password(self.tracking_uri)}",
+                hint="trials that ended are kept: tuner resume writes what is missing",
+            ) from self._error
 
     def close(self) -> None:
         """End the writer after what is queued."""
@@ -280,31 +283,20 @@ def quiet_mlflow() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def check_tracking(uri: str) -> None:
-    """Raises InputError if there is no MLflow at the address, within ANSWER_SECONDS."""
-    if uri.startswith(("http://", "https://")):
-        try:
-            with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=ANSWER_SECONDS):
-                return
-        except (urllib.error.URLError, OSError, ValueError) as error:
-            raise InputError(
-                f"no MLflow server answers ({getattr(error, 'reason', None) or error})",
-                where=f"--tracking-uri {uri}",
-                hint="start one (mlflow server), or leave the flag out for a local store",
-            ) from error
-    if uri.startswith("sqlite:///"):
-        folder = Path(uri.removeprefix("sqlite:///")).parent
-        if not folder.is_dir():
-            raise InputError(
-                f"there is no folder {folder}", where=f"--tracking-uri {uri}", hint="make it first"
-            )
-        return
-    if "://" not in uri:
-        raise InputError(
-            "this is no address of MLflow",
-            where=f"--tracking-uri {uri}",
-            hint="http://HOST:PORT, sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE",
-        )
+def tracked_studies(uri: str, experiment: str) -> set[str]:
+    """Names of the studies that an experiment holds. The address has been checked."""
+    file = uri.removeprefix("sqlite:///").split("?")[0]
+    if uri.startswith("sqlite:///") and not Path(file).exists():
+        return set()  # MLflow would make it.
+    quiet_mlflow()
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        return set()
+    parents = _search(client, found.experiment_id, f"tags.`{TRIAL}` = 'study'")
+    return {run.data.tags[STUDY] for run in parents}
 
 
 def _experiment(client: MlflowClient, name: str, artifacts: Path) -> str:
@@ -335,10 +327,6 @@ def _flat(metrics: Mapping[str, float], step: int) -> tuple[Mapping[str, float],
 
 def _text(value: Any) -> str:
     return str(value)[:MAX_TEXT]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _may_pass(error: Exception) -> bool:

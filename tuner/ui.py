@@ -8,6 +8,7 @@ import sys
 
 from core.errors import InputError
 
+from .addresses import check_tracking
 from .home import Home
 
 
@@ -21,15 +22,16 @@ def serve_ui(home: Home, *, host: str, port: int, tracking_uri: str | None) -> i
         raise InputError(
             "this is a server already", where=f"--tracking-uri {uri}", hint="open it in a browser"
         )
+    check_tracking(uri)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             raise InputError(
-                f"the port cannot be used ({error.strerror})",
-                where=f"--port {port}",
-                hint="name another port",
+                f"cannot be listened on ({error.strerror})",
+                where=f"--host {host} --port {port}",
+                hint="name another port, or an address of this machine",
             ) from error
     print(f"MLflow UI: http://{host}:{port}   (Ctrl-C ends it)", flush=True)
     command = [

@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from _pytest.mark import ParameterSet
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 from torchvision import models
@@ -50,8 +51,26 @@ SIZES: dict[str, int | None] = {
     "timm/test_efficientnet": 64,
     "timm/test_vit": 64,
 }
-TRAINABLE = [name for name in SIZES if name != "ffn"]
+# `make test` proves every promise of the registry's backbones and of one other a library; of the
+# other families it runs one picture, and the slow tests do the rest.
+QUICK = {*BACKBONES, "mobilenet_v2", "timm/test_convnext", "timm/test_vit"}
+
+
+def every(names: Iterable[str]) -> list[ParameterSet]:
+    return [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in names]
+
+
+TRAINABLE = every(name for name in SIZES if name != "ffn")
 ALL_TORCHVISION = [name for name in list_backbones() if name != "ffn"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Such small pictures gain nothing from threads, and lose much where cores are shared."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @functools.cache
@@ -64,6 +83,12 @@ def pictures_of(encoder: Encoder, num_images: int = 2) -> Tensor:
     return torch.rand(num_images, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
+def assert_close(features: Tensor, expected: Tensor) -> None:
+    """Up to the rounding of float32: random networks' features may be of any size."""
+    scale = expected.abs().max()
+    torch.testing.assert_close(features / scale, expected / scale, rtol=1e-3, atol=1e-5)
+
+
 def test_the_registry_and_every_family_of_torchvision_are_covered() -> None:
     families = {name.split("_")[0].rstrip("0123456789") for name in ALL_TORCHVISION}
     covered = {name.split("_")[0].rstrip("0123456789") for name in SIZES}
@@ -73,7 +98,7 @@ def test_the_registry_and_every_family_of_torchvision_are_covered() -> None:
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_features_are_finite_and_of_the_measured_shape(name: str) -> None:
+def test_features_have_the_measured_shape_and_stages_hold_every_parameter_once(name: str) -> None:
     encoder = shared_encoder(name)
     with torch.no_grad():
         features_NDhw = encoder(pictures_of(encoder))
@@ -81,19 +106,23 @@ def test_features_are_finite_and_of_the_measured_shape(name: str) -> None:
     assert (features_NDhw.shape[2] * features_NDhw.shape[3] > 1) == encoder.backbone.spatial
     assert torch.isfinite(features_NDhw).all()
     assert not torch.equal(features_NDhw[0], features_NDhw[1])
+    held = [id(p) for stage in encoder.stages() for p in stage.parameters()]
+    assert len(held) == len(set(held))
+    assert set(held) == {id(p) for p in encoder.parameters()}
+    assert len(encoder.stages()) >= 3 or not encoder.backbone.trainable
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", every(SIZES))
 def test_features_repeat_and_do_not_depend_on_the_batch(name: str) -> None:
     encoder = shared_encoder(name)
     images = pictures_of(encoder)
     with torch.no_grad():
         first, again, alone = encoder(images), encoder(images), encoder(images[1:])
     assert torch.equal(first, again)
-    torch.testing.assert_close(first[1:], alone, rtol=1e-3, atol=1e-4)
+    assert_close(alone, first[1:])
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", every(SIZES))
 def test_an_exported_encoder_loads_with_equal_features(name: str, tmp_path: Path) -> None:
     encoder = shared_encoder(name)
     spec = json.loads(json.dumps(encoder.export(tmp_path)))
@@ -103,15 +132,6 @@ def test_an_exported_encoder_loads_with_equal_features(name: str, tmp_path: Path
         assert torch.equal(loaded(images), encoder(images))
     assert loaded.backbone == encoder.backbone
     assert weights_fingerprint(loaded) == weights_fingerprint(encoder)
-
-
-@pytest.mark.parametrize("name", TRAINABLE)
-def test_stages_hold_every_parameter_once(name: str) -> None:
-    encoder = shared_encoder(name)
-    held = [id(p) for stage in encoder.stages() for p in stage.parameters()]
-    assert len(encoder.stages()) >= 3
-    assert len(held) == len(set(held))
-    assert set(held) == {id(p) for p in encoder.parameters()}
 
 
 @pytest.mark.parametrize("name", TRAINABLE)
@@ -170,7 +190,7 @@ CLASSIFY: dict[str, Callable[..., Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", CLASSIFY)
+@pytest.mark.parametrize("name", every(CLASSIFY))
 def test_the_cut_network_and_the_head_give_the_whole_network_s_logits(name: str) -> None:
     size = SIZES[name] or find_backbone(name).input_size
     with torch.random.fork_rng(devices=[]):
@@ -178,7 +198,7 @@ def test_the_cut_network_and_the_head_give_the_whole_network_s_logits(name: str)
     images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         logits = CLASSIFY[name](model, cut_head(model)(images))
-        torch.testing.assert_close(logits, model(images), rtol=1e-4, atol=1e-4)
+        assert_close(logits, model(images))
 
 
 def test_every_torchvision_classifier_has_a_record() -> None:
@@ -250,7 +270,7 @@ def test_inception_reads_what_torchvision_feeds_its_pretrained_network() -> None
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     with torch.no_grad():
         whole((images - mean) / std)
-        torch.testing.assert_close(encoder(images), seen[0], rtol=1e-3, atol=1e-4)
+        assert_close(encoder(images), seen[0])
 
 
 def test_pooling() -> None:
@@ -263,7 +283,9 @@ def test_pooling() -> None:
         pool(features_NDhw, "sum")
 
 
-@pytest.mark.parametrize(("name", "size"), [("vgg16", 16), ("vit_b_32", 100), ("timm/test_vit", 7)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("squeezenet1_1", 16), ("vit_b_32", 100), ("timm/test_vit", 7)]
+)
 def test_a_size_that_a_network_cannot_read_is_refused(name: str, size: int) -> None:
     with pytest.raises(InputError, match=rf"image_size: {name} cannot read .*{size} px(.|\n)*own"):
         build_encoder(name, weights="none", input_size=size)
@@ -281,15 +303,20 @@ def write_onnx(
     pooled: bool = False,
     kind: int = TensorProto.FLOAT,
 ) -> Tensor:
-    """A convolution of 5 filters, and a global mean if `pooled`; returns the filters."""
+    """A convolution of 5 filters on a picture of any element type, and a global mean if `pooled`;
+    returns the filters."""
     filters = torch.rand(5, channels, 3, 3, generator=torch.Generator().manual_seed(3))
-    nodes = [helper.make_node("Conv", ["picture", "filters"], ["map"])]
-    output = helper.make_tensor_value_info("map", kind, [batch, 5, None, None])
+    nodes = [
+        helper.make_node("Cast", ["picture"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Conv", ["float", "filters"], ["map"]),
+    ]
+    output = helper.make_tensor_value_info("map", TensorProto.FLOAT, [batch, 5, None, None])
     if pooled:
         nodes.append(helper.make_node("ReduceMean", ["map"], ["vector"], axes=[2, 3], keepdims=0))
-        output = helper.make_tensor_value_info("vector", kind, [batch, 5])
+        output = helper.make_tensor_value_info("vector", TensorProto.FLOAT, [batch, 5])
     entry = helper.make_tensor_value_info("picture", kind, [batch, channels, size, size])
-    weights = helper.make_tensor("filters", kind, filters.shape, filters.flatten().tolist())
+    values = filters.flatten().tolist()
+    weights = helper.make_tensor("filters", TensorProto.FLOAT, filters.shape, values)
     graph = helper.make_graph(nodes, "tiny", [entry], [output], [weights])
     opset = [helper.make_opsetid("", 13)]
     onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), path)
@@ -309,6 +336,14 @@ def test_an_onnx_file_is_an_encoder(tmp_path: Path, pooled: bool, batch: int | s
     assert encoder.backbone.spatial is not pooled
     assert not encoder.backbone.trainable
     assert (encoder.num_features, encoder.stages()) == (5, [])
+
+
+def test_half_precision_pictures_are_fed_where_the_file_wants_them(tmp_path: Path) -> None:
+    filters = write_onnx(tmp_path / "half.onnx", kind=TensorProto.FLOAT16)
+    encoder = build_encoder(f"onnx/{tmp_path}/half.onnx", input_size=8)
+    images = torch.rand(1, 3, 8, 8)
+    expected = F.conv2d(((images - encoder.mean) / encoder.std).half().float(), filters)
+    torch.testing.assert_close(encoder(images), expected)
 
 
 def test_an_onnx_encoder_is_exported_and_pickled_whole(tmp_path: Path) -> None:
@@ -336,9 +371,9 @@ def test_onnx_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     write_onnx(tmp_path / "grey.onnx", channels=1)
     with pytest.raises(InputError, match=r"its input 'picture' is .*, not \[N, 3, S, S\]"):
         build("onnx/grey.onnx")
-    write_onnx(tmp_path / "double.onnx", kind=TensorProto.DOUBLE)
-    with pytest.raises(InputError, match=r"is tensor\(double\)"):
-        build("onnx/double.onnx")
+    write_onnx(tmp_path / "bytes.onnx", kind=TensorProto.UINT8)
+    with pytest.raises(InputError, match=r"is tensor\(uint8\)(.|\n)*valid: tensor\(float\)"):
+        build("onnx/bytes.onnx")
     write_onnx(tmp_path / "fixed.onnx", size=16)
     with pytest.raises(InputError, match="reads pictures of 16 px only, but got 32"):
         build("onnx/fixed.onnx", input_size=32)

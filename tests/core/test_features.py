@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from core import features, pixels, shards
+from core import pixels, shards
 from core.backbones import Backbone
-from core.encoders import Encoder
+from core.encoders import Encoder, build_encoder
 from core.errors import InputError
 from core.features import (
     MAP,
@@ -29,10 +29,10 @@ from core.features import (
     encode,
     feature_shape,
     feature_store,
-    measure_rate,
 )
 from core.pictures import decode_square, open_picture
 from core.pixels import PixelSpec, PixelStore
+from core.precision import BFLOAT16, FLOAT32
 from core.shards import ShardedMatrix
 
 NUM, SIZE, D, SHARD = 10, 16, 6, 4  # shards of 4, 4 and 2 rows
@@ -97,12 +97,18 @@ def _pixel_store(cache: Path, paths: list[Path]) -> PixelStore:
 
 
 def _ensure(
-    cache: Path, encoder: Encoder, paths: list[Path], *, pooling: str = "avg", device: str = "cpu"
+    cache: Path,
+    encoder: Encoder,
+    paths: list[Path],
+    *,
+    pooling: str = "avg",
+    precision: str = FLOAT32,
+    device: str = "cpu",
 ) -> ShardedMatrix:
     """What a worker does: compute what is missing."""
     store = feature_store(
         cache,
-        describe_features(encoder, pictures="abc", pooling=pooling),
+        describe_features(encoder, pictures="abc", pooling=pooling, precision=precision),
         num_images=len(paths),
         row_shape=feature_shape(encoder, pooling),
     )
@@ -110,6 +116,7 @@ def _ensure(
         encoder,
         store,
         pooling=pooling,
+        precision=precision,
         pictures_of=_pixel_store(cache, paths).shard,
         shards=store.missing_shards(),
         device=device,
@@ -140,6 +147,20 @@ def test_features_are_those_of_each_picture_in_order(tmp_path: Path, paths: list
         matrix = _ensure(tmp_path, encoder, paths, pooling=pooling).open()
         assert matrix.dtype == np.float32
         np.testing.assert_allclose(matrix, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["avg", "max", MAP])
+def test_bfloat16_features_are_close_and_kept_apart(
+    tmp_path: Path, paths: list[Path], pooling: str
+) -> None:
+    """Products have 8 bits of precision; what is kept has the type of float32's."""
+    encoder = _encoder()
+    exact = _ensure(tmp_path, encoder, paths, pooling=pooling)
+    rounded = _ensure(tmp_path, encoder, paths, pooling=pooling, precision=BFLOAT16)
+    assert rounded.folder != exact.folder
+    assert rounded.dtype == exact.dtype
+    assert not np.array_equal(rounded.open(), exact.open())
+    np.testing.assert_allclose(rounded.open(), exact.open(), atol=0.03)
 
 
 def test_maps_hold_the_places_that_pooled_features_come_from(
@@ -204,6 +225,7 @@ SPECS = [
         input_size=16,
         resize="squash",
         pooling="avg",
+        precision="float32",
         dtype="float32",
     ),
     PixelSpec(pictures="a", input_size=16, resize="squash"),
@@ -222,11 +244,16 @@ def test_the_key_changes_with_every_field(spec: FeatureSpec | PixelSpec) -> None
 
 
 def test_the_spec_is_read_off_the_encoder() -> None:
-    encoder = _encoder()
+    encoder, ffn = _encoder(), build_encoder("ffn")
+    of_pixels = describe_features(ffn, pictures="abc", pooling="avg", precision=BFLOAT16)
+    assert of_pixels.precision == FLOAT32
+    halved = describe_features(encoder, pictures="abc", pooling="avg", precision=BFLOAT16)
+    assert halved.precision == BFLOAT16
     spec = describe_features(encoder, pictures="abc", pooling="avg")
     assert (spec.pictures, spec.backbone, spec.pooling) == ("abc", "tiny", "avg")
     assert (spec.input_size, spec.resize, spec.dtype) == (SIZE, "squash", "float32")
     assert describe_features(_encoder(), pictures="abc", pooling="avg").key == spec.key
+    assert spec.precision == FLOAT32
     changed = _encoder()
     with torch.no_grad():
         changed.network[0].weight[0, 0, 0, 0] += 1e-6
@@ -263,6 +290,7 @@ def test_pictures_of_the_next_shard_are_read_meanwhile(tmp_path: Path, paths: li
         encoder,
         store,
         pooling="avg",
+        precision=FLOAT32,
         pictures_of=pictures_of,
         shards=[2, 0, 1],
         progress=lambda done, total: seen.append((done, total)),
@@ -331,12 +359,3 @@ def test_encoding_in_batches_is_encoding_at_once(pooling: str) -> None:
         encode(encoder, pictures[start : start + 3], pooling=pooling) for start in (0, 3, 6, 9)
     ]
     torch.testing.assert_close(torch.cat(parts), whole)
-
-
-def test_the_rate_is_pictures_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = _encoder()
-    passed = _count_pictures(encoder)
-    clock: Callable[[], float] = iter([10.0, 14.0]).__next__
-    monkeypatch.setattr(features.time, "perf_counter", clock)
-    assert measure_rate(encoder, batch_size=6) == 2 * 6 / 4
-    assert passed == [6, 6, 6]
