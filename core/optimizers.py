@@ -39,8 +39,10 @@ def _sgd(weights: Tensor, grad: Tensor, slots: Sequence[Tensor], step: int, s: S
     grad = grad.addcmul(weights, s["weight_decay"])
     (buffer,) = slots
     buffer.mul_(s["momentum"]).add_(grad)
+    # Torch's step is lr * buffer, or lr * (grad + momentum * buffer) with Nesterov's momentum.
     nesterov = s["nesterov"]
-    weights.sub_(s["lr"] * (nesterov * grad + torch.where(nesterov > 0, s["momentum"], 1) * buffer))
+    weights.addcmul_(buffer, -s["lr"] * torch.where(nesterov > 0, s["momentum"], 1.0))
+    weights.addcmul_(grad, -s["lr"] * nesterov)
 
 
 def _adam(weights: Tensor, grad: Tensor, slots: Sequence[Tensor], step: int, s: Settings) -> None:

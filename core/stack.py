@@ -186,21 +186,31 @@ class HeadStack:
             optimizer = OPTIMIZERS[name]
             for p, (param, grad) in enumerate(zip(self.params, grads, strict=True)):
                 is_weight = p % 2 == 0
-                for part in self._chunks(run, param[0].numel()):
+                for heads, outputs in self._chunks(run, param):
                     shape = (-1, *[1] * (param.dim() - 1))
                     settings = {
-                        key: self._settings[key][part].view(shape) for key in optimizer.parameters
+                        key: self._settings[key][heads].view(shape) for key in optimizer.parameters
                     }
-                    settings["lr"] = lr_H[part].view(shape)
-                    decay = self._settings["weight_decay"][part].view(shape)
+                    settings["lr"] = lr_H[heads].view(shape)
+                    decay = self._settings["weight_decay"][heads].view(shape)
                     settings["weight_decay"] = decay if is_weight else torch.zeros_like(decay)
+                    part = (heads, outputs)
                     slots = [slot[p][part] for slot in self.slots[: optimizer.num_slots]]
                     optimizer.update(param[part], grad[part], slots, self.step_number, settings)
 
-    def _chunks(self, run: slice, size: int) -> Iterator[slice]:
-        count = max(1, CPU_CHUNK // size) if self.device.type == "cpu" else run.stop - run.start
-        for start in range(run.start, run.stop, count):
-            yield slice(start, min(start + count, run.stop))
+    def _chunks(self, run: slice, param: Tensor) -> Iterator[tuple[slice, slice]]:
+        """Parts of a run of heads, and of their layer's outputs where one head is too big."""
+        num_outputs = param.shape[1]
+        if self.device.type != "cpu":
+            yield run, slice(0, num_outputs)
+            return
+        size = param[0].numel()
+        heads_at_once = max(1, CPU_CHUNK // size)
+        outputs_at_once = max(1, CPU_CHUNK * num_outputs // max(size, CPU_CHUNK))
+        for head in range(run.start, run.stop, heads_at_once):
+            heads = slice(head, min(head + heads_at_once, run.stop))
+            for output in range(0, num_outputs, outputs_at_once):
+                yield heads, slice(output, min(output + outputs_at_once, num_outputs))
 
     # ---- evaluation and leaving -----------------------------------------------------------
 
@@ -298,7 +308,10 @@ def _layered_logits(
             flat = F.linear(features_BD, weight_HKD.flatten(0, 1), bias_HK.flatten())
             x_HBK = flat.view(len(features_BD), len(bias_HK), -1).transpose(0, 1)
         else:
-            x_HBK = torch.baddbmm(bias_HK.unsqueeze(1), x_HBK, weight_HKD.transpose(1, 2))
+            # Weights on the left: their gradient comes out in their own memory order, and the
+            # update need not stride through it.
+            x_HKB = torch.baddbmm(bias_HK.unsqueeze(2), weight_HKD, x_HBK.transpose(1, 2))
+            x_HBK = x_HKB.transpose(1, 2)
     assert x_HBK is not None
     return x_HBK.transpose(0, 1)
 

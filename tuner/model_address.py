@@ -11,7 +11,7 @@ from urllib.parse import urlparse
 
 from core.errors import InputError
 
-from .addresses import check_tracking
+from .addresses import canonical, check_tracking
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,6 +31,7 @@ def find_model(model_uri: str, tracking_uri: str | None, download_to: Path) -> P
         return _local_folder(model_uri)
     import mlflow.artifacts
 
+    tracking_uri = None if tracking_uri is None else canonical(tracking_uri)
     client = connect(tracking_uri)
     location = _locate(client, model_uri)
     path = urlparse(location).path if location.startswith("file:") else location

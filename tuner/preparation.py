@@ -15,7 +15,7 @@ from core.probe import METRICS
 from core.split import Split, make_split
 from core.table import Table, read_table
 
-from .addresses import absolute_sqlite, check_tracking
+from .addresses import canonical, check_tracking
 from .cluster import LOCAL, check_address
 from .data import CheckedData, check_data, name_in
 from .home import Home
@@ -74,11 +74,11 @@ def prepare(
     _check_classes(table, request.space.objective)
     model = request.model or table.name
     _check_model_name(model)
-    tracking_uri = absolute_sqlite(request.tracking_uri or home.tracking_uri)
-    storage = None if request.storage is None else absolute_sqlite(request.storage)
+    tracking_uri = request.tracking_uri or home.tracking_uri
     check_tracking(tracking_uri)
+    tracking_uri = canonical(tracking_uri)
     check_address(request.address)
-    elsewhere = stored_studies(storage) | tracked_studies(tracking_uri, model)
+    elsewhere = stored_studies(request.storage) | tracked_studies(tracking_uri, model)
     name = request.study or free_name(home, request.space.name, elsewhere)
     refuse_used_name(home, name, elsewhere)
     _check_backbones(request)
@@ -96,7 +96,7 @@ def prepare(
         num_folds=request.num_folds,
         seed=request.seed,
         trials=request.trials or request.space.trials,
-        storage=storage,
+        storage=None if request.storage is None else canonical(request.storage),
         tracking_uri=tracking_uri,
         model=model,
         weights=request.weights,

@@ -56,7 +56,7 @@ def print_end(end: SearchEnd, console: Console) -> None:
 def _winner_panel(result: Result) -> Panel:
     winner = result.winner
     scores = winner.evaluation
-    lines = Table.grid(padding=(0, 2))
+    lines = _grid()
     lines.add_row(
         "trial", f"{winner.number}: {winner.settings['backbone']}, {settings_line(winner.settings)}"
     )
@@ -76,6 +76,14 @@ def _winner_panel(result: Result) -> Panel:
         )
         return Panel(Group(lines, warning), title="winner", border_style="red", expand=False)
     return Panel(lines, title="winner", border_style="green", expand=False)
+
+
+def _grid() -> Table:
+    """Names and values; a long address goes on in the next line instead of being cut off."""
+    lines = Table.grid(padding=(0, 2))
+    lines.add_column(no_wrap=True)
+    lines.add_column(overflow="fold")
+    return lines
 
 
 def _validation_line(winner: Winner) -> str:
@@ -167,7 +175,7 @@ def print_plan(request: SearchRequest, home: Home, console: Console) -> None:
     plan = make_plan(request.space, trials=request.trials, hours=request.hours)
     record, table, split = prepare(request, home, console)
     size = request.space.size()
-    lines = Table.grid(padding=(0, 2))
+    lines = _grid()
     lines.add_row("study", record.name)
     lines.add_row("table", f"{table.num_images:,} pictures, {table.num_classes} classes")
     parts = f"{len(split.train):,} train, {len(split.validation):,} validation"
@@ -185,7 +193,7 @@ def print_plan(request: SearchRequest, home: Home, console: Console) -> None:
 def print_table_report(report: TableReport, console: Console) -> None:
     """What `tuner data check` found."""
     values: dict[str, Any] = dataclasses.asdict(report)
-    lines = Table.grid(padding=(0, 2))
+    lines = _grid()
     lines.add_row("pictures", f"{report.num_images:,}")
     lines.add_row("labels", f"{report.num_labels:,} ({report.cardinality:.2f} a picture)")
     lines.add_row("without a label", f"{report.num_without_label:,}")

@@ -8,7 +8,7 @@ import sys
 
 from core.errors import InputError
 
-from .addresses import check_tracking
+from .addresses import canonical, check_tracking
 from .home import Home
 
 
@@ -36,7 +36,7 @@ def serve_ui(home: Home, *, host: str, port: int, tracking_uri: str | None) -> i
     print(f"MLflow UI: http://{host}:{port}   (Ctrl-C ends it)", flush=True)
     command = [
         sys.executable, "-m", "mlflow", "server",
-        "--backend-store-uri", uri,
+        "--backend-store-uri", canonical(uri),
         "--artifacts-destination", str(home.artifacts),
         "--host", host, "--port", str(port), "--workers", "1",
     ]  # fmt: skip

@@ -195,6 +195,9 @@ def test_the_cut_network_and_the_head_give_the_whole_network_s_logits(name: str)
     size = SIZES[name] or find_backbone(name).input_size
     with torch.random.fork_rng(devices=[]):
         model = build_torchvision(name, size).eval()
+        for parameter in model.parameters():
+            if not parameter.any():  # a head of zeros would prove nothing
+                nn.init.normal_(parameter, std=0.1)
     images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         logits = CLASSIFY[name](model, cut_head(model)(images))

@@ -8,6 +8,7 @@ import json
 import re
 import socket
 import struct
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -462,7 +463,7 @@ def test_onnx_weights(refused: Run, data: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def deaf_port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """A port that takes connections and never says a word. Patience is cut to a second."""
-    assert tuner.addresses.ANSWER_SECONDS <= 12, "an address is to be judged within 15 s"
+    assert tuner.addresses.ANSWER_SECONDS <= 8, "said within 15 s, with the time to start"
     monkeypatch.setattr(tuner.addresses, "ANSWER_SECONDS", 1)
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
@@ -483,12 +484,12 @@ def test_nobody_answers(
     flag: str, address: str, problem: str, hint: str,
     refused: Run, data: Path, space: Path, deaf_port: int,
 ) -> None:  # fmt: skip
-    for port in (1, deaf_port):
+    for port, reason in {1: "refused", deaf_port: "no answer within 1 s"}.items():
         where = f"{flag} {address.format(port=port)}".replace("secret", "***")
         started = time.monotonic()
         message = refused(
             "search", space, "--data", data, flag, address.format(port=port),
-            says=(where, problem, hint),
+            says=(where, problem, reason, hint),
         )  # fmt: skip
         assert time.monotonic() - started < 15
         assert "secret" not in message
@@ -542,6 +543,18 @@ def test_address(
 ) -> None:
     where = f"{flag} {address}"
     refused("search", space, "--data", data, flag, address, says=(where, *says))
+
+
+def test_database_without_a_driver(
+    refused: Run, monkeypatch: pytest.MonkeyPatch, data: Path, space: Path
+) -> None:
+    for driver in ("psycopg", "psycopg2"):
+        monkeypatch.setitem(sys.modules, driver, None)
+    monkeypatch.setattr(tuner.addresses, "find_spec", lambda _: None)
+    refused(
+        "search", space, "--data", data, "--storage", "postgresql://me@127.0.0.1:1/optuna",
+        says=("--storage postgresql://me@", "no driver for this database", "poster-tuner[postgres]"),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("flag", ["--tracking-uri", "--storage"])
