@@ -1,0 +1,1 @@
+"""The model and data library: tables, backbones, training, metrics."""

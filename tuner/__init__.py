@@ -1,0 +1,1 @@
+"""The service: search, tracking, registry and command line."""

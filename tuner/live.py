@@ -7,7 +7,7 @@ The view hears of trials as a `Watcher` and draws; it decides nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from core.report import Outcome, Status
 from core.split import Split
 from core.table import Table as Labelled
 
+from .outcomes import EndedTrial
 from .space import SearchSpace
 from .steps import LINE_SECONDS, duration
 
@@ -66,10 +67,12 @@ class StudyView:
     # ---- drawing --------------------------------------------------------------------------
 
     @contextmanager
-    def showing(self, already_done: int = 0) -> Iterator[None]:
-        """Draw until the block ends. `already_done`: trials of earlier sessions."""
+    def showing(self, earlier: Iterable[EndedTrial] = ()) -> Iterator[None]:
+        """Draw until the block ends. `earlier`: trials that ended in earlier sessions."""
+        for trial in earlier:
+            self.trial_ended(trial.number, trial.settings, trial.outcome)
         self._started = time.monotonic()
-        self._already_done = already_done
+        self._already_done = self._done
         if not self.console.is_terminal:
             yield
             self._print_line(force=True)
@@ -98,7 +101,7 @@ class StudyView:
 
     @property
     def _done(self) -> int:
-        return self._already_done + sum(self._counts.values())
+        return sum(self._counts.values())
 
     def _time_left(self) -> str:
         elapsed = time.monotonic() - self._started

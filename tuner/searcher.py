@@ -127,6 +127,10 @@ class CohortSearcher(Searcher):
         self._seed = seed
         self._rungs = frozenset(rungs)
         self._unfinished = list(unfinished)
+        self._reported = {
+            trial.number: set(study.trials[trial.number].intermediate_values)
+            for trial in unfinished
+        }
         self._asked = len(study.get_trials(deepcopy=False)) - self._waiting()
         self._cohorts = 0
         self._queue: deque[Cohort] = deque()
@@ -177,7 +181,9 @@ class CohortSearcher(Searcher):
         trials = {place: cohort.members[place].trial for place in values}
         if epoch in self._rungs:
             for place, value in values.items():
-                trials[place].report(value, epoch)
+                # A trial that an earlier session began has reported some rungs already.
+                if epoch not in self._reported.get(trials[place].number, ()):
+                    trials[place].report(value, epoch)
             stops = [place for place, trial in trials.items() if trial.should_prune()]
             self._channel.rule(cohort.name, epoch, stops)
         by_number = {trials[place].number: value for place, value in values.items()}

@@ -194,7 +194,12 @@ class Tracker:
         parent = known.pop("study", None)
         self._runs = {int(number): run.info.run_id for number, run in known.items()}
         ends = {status.value for status in Status}
-        self._ended = {int(n) for n, run in known.items() if run.data.tags.get(STATUS) in ends}
+        self._ended = {
+            int(number)
+            for number, run in known.items()
+            # The tag is written just before the run is closed: a kill may have come between.
+            if run.data.tags.get(STATUS) in ends and run.info.status != "RUNNING"
+        }
         if parent is None:
             run = client.create_run(
                 self.experiment_id,

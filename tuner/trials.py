@@ -46,8 +46,9 @@ def run_trials(
     Trials that an earlier session left running go first, under their own numbers.
     """
     log = OutcomeLog(study.folder)
-    finished, unfinished = _earlier_trials(study.optuna(), log.read())
-    tracker.repair(log.read(), finished)
+    ended = log.read()
+    finished, unfinished = _earlier_trials(study.optuna(), ended)
+    tracker.repair(ended, finished)
     optuna_study = study.optuna(
         sampler=build_sampler(
             space.sampler, space, study.record.seed + SAMPLER_STRIDE * len(finished)
@@ -70,7 +71,7 @@ def run_trials(
         rungs=plan.rungs,
         unfinished=[Trial(optuna_study, trial._trial_id) for trial in unfinished],
     )
-    with view.showing(already_done=len(finished)):
+    with view.showing(earlier=[ended[n] for n in finished if n in ended]):
         _fit(searcher, study, context, channel, workers)
     tracker.trials_interrupted(searcher.running_numbers)
     tracker.flush()

@@ -553,7 +553,7 @@ def test_database_without_a_driver(
     monkeypatch.setattr(tuner.addresses, "find_spec", lambda _: None)
     refused(
         "search", space, "--data", data, "--storage", "postgresql://me@127.0.0.1:1/optuna",
-        says=("--storage postgresql://me@", "no driver for this database", "poster-tuner[postgres]"),
+        says=("--storage postgresql://me@", "no driver for this", "poster-tuner[postgres]"),
     )  # fmt: skip
 
 
