@@ -62,5 +62,7 @@ class Outcome:
     """Further validation metrics at `best_epoch`."""
     seconds: float = 0.0
     """Device time it used; trials of a stack share its time evenly."""
+    ended: float = 0.0
+    """Unix time at which the study heard of it; set by whoever keeps the study."""
     state: dict[str, Tensor] | None = None
     """The weights at `best_epoch`, on the CPU, where they were asked for."""

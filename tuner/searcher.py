@@ -8,6 +8,7 @@ FAIL (Ray's own OptunaSearch tells stopped trials as COMPLETE, which misleads th
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -269,6 +270,7 @@ class CohortSearcher(Searcher):
 
     def _end(self, trial: optuna.Trial, settings: Settings, outcome: Outcome) -> None:
         """The log first: what it holds can be told again, should we die before the rest."""
+        outcome = dataclasses.replace(outcome, ended=time.time())
         self._log.trial_ended(trial.number, settings, outcome)
         tell(self._study, trial, outcome)
         for watcher in self._watchers:

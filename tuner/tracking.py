@@ -120,8 +120,7 @@ class Tracker:
         """Nothing: a trial's curve is written at its end, in one batch."""
 
     def trial_ended(self, number: int, settings: Mapping[str, Any], outcome: Outcome) -> None:
-        ended = time.time()
-        self._jobs.put(lambda: self._end_trial(number, settings, outcome, ended))
+        self._jobs.put(lambda: self._end_trial(number, settings, outcome))
 
     def mark_winner(self, number: int) -> None:
         """Tag the run of the trial that won."""
@@ -226,9 +225,7 @@ class Tracker:
         )
         self._runs[number] = run.info.run_id
 
-    def _end_trial(
-        self, number: int, settings: Mapping[str, Any], outcome: Outcome, ended: float
-    ) -> None:
+    def _end_trial(self, number: int, settings: Mapping[str, Any], outcome: Outcome) -> None:
         if number not in self._runs:
             self._start_trial(number)
         summary = {**outcome.best_metrics, "device_seconds": outcome.seconds}
@@ -242,14 +239,15 @@ class Tracker:
             tags |= {REASON: outcome.reason, NOTE: f"{outcome.status.value}: {outcome.reason}"}
         curves = [_flat(metrics, epoch) for epoch, metrics in enumerate(outcome.curve, 1)]
         run_id = self._runs[number]
-        self._log(run_id, [*curves, _flat(summary, 0)], settings, tags)
-        self._client().set_terminated(
-            run_id, _RUN_STATUS[outcome.status], end_time=int(ended * 1000)
-        )
+        # The outcome's own time: written again after a kill, a point is the same point.
+        milliseconds = int(outcome.ended * 1000)
+        points = [*curves, _flat(summary, 0)]
+        self._log(run_id, points, settings, tags, milliseconds=milliseconds)
+        self._client().set_terminated(run_id, _RUN_STATUS[outcome.status], end_time=milliseconds)
 
     def _repair(self, trial: EndedTrial) -> None:
         if trial.number not in self._ended:
-            self._end_trial(trial.number, trial.settings, trial.outcome, time.time())
+            self._end_trial(trial.number, trial.settings, trial.outcome)
 
     def _interrupt(self, number: int) -> None:
         if number in self._runs:
@@ -262,10 +260,12 @@ class Tracker:
         metrics: Sequence[tuple[Mapping[str, float], int]],
         params: Mapping[str, Any],
         tags: Mapping[str, Any],
+        *,
+        milliseconds: int | None = None,
     ) -> None:
         from mlflow.entities import Metric, Param, RunTag
 
-        now = int(time.time() * 1000)
+        now = milliseconds or int(time.time() * 1000)
         points = [
             Metric(key, float(value), now, step)
             for values, step in metrics

@@ -15,6 +15,7 @@ from .context import Context, FeatureRequest
 from .live import StudyView
 from .outcomes import EndedTrial, OutcomeLog
 from .plan import Plan
+from .retention import StateKeeper
 from .sampling import build_pruner, build_sampler
 from .searcher import Budget, CohortSearcher, tell
 from .space import SearchSpace
@@ -49,6 +50,7 @@ def run_trials(
     ended = log.read()
     finished, unfinished = _earlier_trials(study.optuna(), ended)
     tracker.repair(ended, finished)
+    earlier = [ended[number] for number in finished if number in ended]
     optuna_study = study.optuna(
         sampler=build_sampler(
             space.sampler, space, study.record.seed + SAMPLER_STRIDE * len(finished)
@@ -66,12 +68,12 @@ def run_trials(
         features=features,
         channel=channel,
         log=log,
-        watchers=[tracker, view],
+        watchers=[tracker, view, StateKeeper(context, earlier)],
         seed=study.record.seed,
         rungs=plan.rungs,
         unfinished=[Trial(optuna_study, trial._trial_id) for trial in unfinished],
     )
-    with view.showing(earlier=[ended[n] for n in finished if n in ended]):
+    with view.showing(earlier=earlier):
         _fit(searcher, study, context, channel, workers)
     tracker.trials_interrupted(searcher.running_numbers)
     tracker.flush()

@@ -263,3 +263,42 @@ def test_trials_are_added_to_a_finished_study(place: Workplace, finished: str) -
     place.run(*place.search("grown", "--trials", "6"))
     place.run("resume", "grown", "--trials", "9")
     _assert_whole(place, "grown", 9)
+
+
+FINETUNE_SPACE = """
+name: fine
+mode: finetune
+trials: 5
+cohort_size: 2
+pruner: {name: successive_halving, min_epochs: 1, reduction_factor: 2}
+sampler: random
+parameters:
+  backbone: squeezenet1_1
+  image_size: 64
+  unfrozen_stages: [1, 2]
+  lr: {low: 1.0e-4, high: 1.0e-2, log: true}
+  horizontal_flip: true
+  batch_size: 32
+  epochs: 3
+"""
+
+
+def test_a_fine_tuning_study_ends_in_a_model_and_keeps_few_weights(
+    place: Workplace, finished: str
+) -> None:
+    space = place.root / "fine.yaml"
+    space.write_text(FINETUNE_SPACE)
+    arguments = place.search("fine", "--model", "fine")
+    place.run("search", str(space), *arguments[2:])
+    trials = place.trials("fine")
+    assert len(trials) == 5
+    complete = {n: t["value"] for n, t in trials.items() if t["status"] == "complete"}
+    assert all(trials[n]["epochs"] == 3 for n in complete)
+    assert all(t["epochs"] in (1, 2) for t in trials.values() if t["status"] == "pruned")
+    states = {int(path.stem) for path in (place.home.studies / "fine/states").iterdir()}
+    assert states <= complete.keys() and 1 <= len(states) <= 3
+    winner = json.loads((place.home.studies / "fine/winner.json").read_text())
+    assert winner["number"] == max(complete, key=lambda n: complete[n])
+    picture = next((place.data / "Images").glob("*.jpg"))
+    (answer,) = json.loads(place.run("predict", "models:/fine@challenger", str(picture), "--json"))
+    assert len(answer["probabilities"]) == 25
