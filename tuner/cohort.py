@@ -33,7 +33,7 @@ def run_cohort(job: Mapping[str, Any], context: Context, channel: ChannelHandle)
     """The trainable of Ray Tune: trains a cohort, delivers one `Outcome` a trial.
 
     `job` is Tune's config: `cohort` (its name), `numbers` and `trials` (numbers and settings of
-    the trials), `features` (folder of the matrix they read).
+    the trials), `features` (view's name -> folder of the matrix that they read).
     """
     from ray import tune
     from ray.train import ScalingConfig
@@ -69,31 +69,35 @@ def train_cohort(
     configs: Sequence[TrialConfig],
     *,
     numbers: Sequence[int],
-    features: str,
+    features: Mapping[str, str],
     report: CohortReport,
     keep_state: bool = False,
 ) -> list[Outcome]:
     """Train trials that share a request: probes in stacks, a fine-tuning trial by itself.
 
     A fine-tuned trial's weights go to `context.state_path`, as they are big; a probe's come back
-    with its outcome if `keep_state`. Raises InputError for trials that cannot run.
+    with its outcome if `keep_state`. `features` holds the folder of each view's matrix, those at
+    least that some trial draws from. Raises InputError for trials that cannot run.
     """
     import torch
 
     from core.probe import train_probes
+    from core.views import PLAIN, VIEWS
 
     device = prepare_worker(context)
     targets_NC = torch.from_numpy(context.table.targets_NC).float()
     if configs[0].mode == "finetune":
         return [
-            _finetune(context, config, number, features, targets_NC, report, device)
+            _finetune(context, config, number, features[PLAIN.name], targets_NC, report, device)
             for config, number in zip(configs, numbers, strict=True)
         ]
+    drawn = dict.fromkeys(view.name for config in configs for view in VIEWS[config.views])
     return train_probes(
-        open_matrix(features),
+        open_matrix(features[PLAIN.name]),
         targets_NC,
         context.split.pairs(),
         configs,
+        further_views={name: open_matrix(features[name]) for name in drawn if name != PLAIN.name},
         objective=context.objective,
         report=report,
         order_seed=context.seed,

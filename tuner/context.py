@@ -6,6 +6,8 @@ sees. Imports of torch wait until a worker needs them.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING
 from core.config import TrialConfig
 from core.split import Split
 from core.table import Table
+from core.views import PLAIN, VIEWS
 
 if TYPE_CHECKING:
     import torch
@@ -52,44 +55,77 @@ class Context:
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class FeatureRequest:
-    """What a trial reads. Trials with equal requests can share a cohort."""
+    """One matrix that trials read. Trials that validate on the same one can share a cohort,
+    whichever further views they train on."""
 
     backbone: str
     image_size: int
     """Side of the pictures; 0 for the backbone's own."""
     pooling: str
-    """`avg`, `max`, `map`, or `pixels` for the decoded pictures that fine-tuning reads."""
+    """`map`, `pixels` for the decoded pictures that fine-tuning reads, or one of
+    `core.pooling.POOLINGS`."""
+    blocks: int = 1
+    """Stages that pooled features are taken from."""
+    view: str = PLAIN.name
+    """See `core.views.View.name`."""
 
     @property
     def label(self) -> str:
         """For people."""
         size = f" at {self.image_size} px" if self.image_size else ""
-        return f"{self.backbone}{size} ({self.pooling})"
+        blocks = f", last {self.blocks} blocks" if self.blocks > 1 else ""
+        view = f", {self.view}" if self.view != PLAIN.name else ""
+        return f"{self.backbone}{size} ({self.pooling}{blocks}{view})"
 
 
 def request_of(config: TrialConfig) -> FeatureRequest:
-    """What this trial reads."""
+    """What this trial reads of the plain pictures."""
     return feature_request(
         mode=config.mode,
         backbone=config.backbone,
         head=config.head,
         pooling=config.pooling,
+        blocks=config.blocks,
         image_size=config.image_size or 0,
     )
 
 
 def feature_request(
-    *, mode: str, backbone: str, head: str, pooling: str, image_size: int
+    *, mode: str, backbone: str, head: str, pooling: str, blocks: int, image_size: int
 ) -> FeatureRequest:
-    """What a trial with these settings reads; `image_size` 0 is the backbone's own."""
+    """What a trial with these settings reads of the plain pictures; `image_size` 0 is the
+    backbone's own."""
     from core.features import MAP, PIXELS
     from core.heads import HEADS
 
     if mode == "finetune":
-        pooling = PIXELS
+        pooling, blocks = PIXELS, 1
     elif HEADS[head].spatial:
-        pooling = MAP
-    return FeatureRequest(backbone=backbone, image_size=image_size, pooling=pooling)
+        pooling, blocks = MAP, 1
+    return FeatureRequest(backbone=backbone, image_size=image_size, pooling=pooling, blocks=blocks)
+
+
+def view_requests(plain: FeatureRequest, views: str) -> list[FeatureRequest]:
+    """The request of each view that `TrialConfig.views` names, the plain one first. Decoded
+    pictures have no further ones."""
+    from core.features import PIXELS
+
+    if plain.pooling == PIXELS:
+        return [plain]
+    return [dataclasses.replace(plain, view=view.name) for view in VIEWS[views]]
+
+
+def view_folders(features: Mapping[FeatureRequest, str], plain: FeatureRequest) -> dict[str, str]:
+    """View's name -> folder of its matrix, for every view there is of a request's features.
+
+    Raises KeyError if there is no plain one.
+    """
+    others = {
+        request.view: folder
+        for request, folder in sorted(features.items())
+        if dataclasses.replace(request, view=plain.view) == plain
+    }
+    return {plain.view: features[plain], **others}
 
 
 def prepare_worker(context: Context) -> torch.device:
@@ -103,14 +139,16 @@ def prepare_worker(context: Context) -> torch.device:
 def build_backbone(context: Context, request: FeatureRequest) -> Encoder:
     """The encoder of a request, with the weights that the study uses.
 
-    Raises InputError if they are not at hand.
+    Raises InputError if they are not at hand, or for fewer stages than the request reads.
     """
     from core.encoders import build_encoder
 
-    return build_encoder(
+    encoder = build_encoder(
         request.backbone,
         weights=context.weights,
         weights_dir=context.weights_dir,
         input_size=request.image_size or None,
         seed=0,
     )
+    encoder.check_blocks(request.blocks)
+    return encoder

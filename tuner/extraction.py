@@ -1,4 +1,4 @@
-"""Features before trials: every backbone of a study sees every picture once, ever.
+"""Features before trials: every backbone of a study sees every view of a picture once, ever.
 
 The work is cut into shards; worker i of n checks and computes the shards whose number leaves i
 when divided by n, so that any number of workers can share it and a killed run goes on where it
@@ -63,37 +63,46 @@ def ensure_features(
         feature_shape,
         feature_store,
     )
-    from core.pixels import PixelSpec, PixelStore
+    from core.pixels import Pictures, PixelSpec, PixelStore
+    from core.views import BY_NAME, see
 
     pixel_spec = PixelSpec(
         pictures=context.pictures,
         input_size=encoder.backbone.input_size,
         resize=encoder.backbone.resize,
     )
+    pixels = PixelStore(context.cache, pixel_spec, context.table.paths)
     if request.pooling == PIXELS:
-        pixels = PixelStore(context.cache, pixel_spec, context.table.paths)
         pixels.fill(_missing(pixels.matrix, share), progress)
         return pixels.matrix
     spec = describe_features(
         encoder,
         pictures=context.pictures,
         pooling=request.pooling,
+        blocks=request.blocks,
+        view=request.view,
         precision=context.precision,
     )
     store = feature_store(
         context.cache,
         spec,
         num_images=context.table.num_images,
-        row_shape=feature_shape(encoder, request.pooling),
+        row_shape=feature_shape(encoder, request.pooling, request.blocks),
     )
+    view = BY_NAME[request.view]
+
+    def pictures_of(shard: int) -> Pictures:
+        return see(pixels.shard(shard), view)
+
     shards = _missing(store, share)
     if shards:
         compute_features(
             encoder,
             store,
             pooling=request.pooling,
+            blocks=request.blocks,
             precision=spec.precision,
-            pictures_of=PixelStore(context.cache, pixel_spec, context.table.paths).shard,
+            pictures_of=pictures_of,
             shards=shards,
             device=device,
             progress=progress,
@@ -169,16 +178,20 @@ def _extraction_loop(job: dict[str, Any]) -> None:
 
 
 def _extract_share(job: dict[str, Any], share: tuple[int, int]) -> None:
-    """All encoders are built before any is used: missing weights are said at once. A mistake goes
-    to the driver through the channel, where Ray would wrap it in a worker's traceback."""
+    """All encoders are built before any is used: missing weights are said at once. One encoder is
+    kept while requests ask for it, as the views of a space are many. A mistake goes to the driver
+    through the channel, where Ray would wrap it in a worker's traceback."""
     context: Context = job["context"]
     channel: ChannelHandle = job["channel"]
     device = prepare_worker(context)
     try:
-        for request in job["requests"]:
+        for request in {(r.backbone, r.image_size, r.blocks): r for r in job["requests"]}.values():
             build_backbone(context, request)
+        built = None
         for request in job["requests"]:
-            encoder = build_backbone(context, request)
+            if built != (request.backbone, request.image_size):
+                encoder = build_backbone(context, request)
+                built = (request.backbone, request.image_size)
             progress = _Throttle(channel, share[0], request.label)
             store = ensure_features(
                 context, request, encoder, device=device, share=share, progress=progress

@@ -20,6 +20,7 @@ import numpy as np
 from core.config import TrialConfig
 from core.errors import InputError
 from core.report import Outcome, keep_going
+from core.views import PLAIN
 
 from .cohort import open_matrix, train_cohort
 from .context import Context, FeatureRequest, build_backbone, request_of
@@ -46,8 +47,8 @@ class Candidate:
     config: TrialConfig
     value: float
     """Its best validation objective in the search."""
-    features: str
-    """Folder of its feature matrix."""
+    features: Mapping[str, str]
+    """View's name -> folder of its feature matrix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,11 +119,11 @@ class _Model:
 def _repeat_probes(
     context: Context, candidates: Sequence[Candidate], num_seeds: int
 ) -> tuple[list[Finalist], _Model]:
-    groups: dict[tuple[FeatureRequest, str], list[Candidate]] = defaultdict(list)
+    groups: dict[FeatureRequest, list[Candidate]] = defaultdict(list)
     for candidate in candidates:
-        groups[request_of(candidate.config), candidate.features].append(candidate)
+        groups[request_of(candidate.config)].append(candidate)
     runs: dict[int, list[tuple[TrialConfig, Outcome]]] = {}
-    for (_, features), members in groups.items():
+    for members in groups.values():
         configs = [
             dataclasses.replace(member.config, seed=member.config.seed + SEED_OFFSET * (1 + repeat))
             for member in members
@@ -132,7 +133,7 @@ def _repeat_probes(
             context,
             configs,
             numbers=[member.number for member in members for _ in range(num_seeds)],
-            features=features,
+            features=members[0].features,
             report=keep_going,
             keep_state=True,
         )
@@ -152,7 +153,7 @@ def _repeat_probes(
         (run for run in runs[winner.number] if run[1].best_value is not None),
         key=lambda run: run[1].best_value or 0.0,
     )
-    return finalists, _probe_model(context, config, outcome, winner.features)
+    return finalists, _probe_model(context, config, outcome, winner.features[PLAIN.name])
 
 
 def _values(runs: Sequence[tuple[TrialConfig, Outcome]]) -> tuple[float, ...]:
@@ -203,19 +204,25 @@ def _finetuned_model(context: Context, candidate: Candidate) -> _Model:
     from safetensors.torch import load_file
 
     from core.finetune import PictureClassifier, picture_logits
-    from core.heads import build_head
+    from core.heads import HEADS, build_head
+    from core.pooling import num_head_features
     from core.stack import head_settings
 
     config = candidate.config
     encoder = build_backbone(context, request_of(config))
     head = build_head(
-        num_features=encoder.num_features,
+        num_features=num_head_features(
+            encoder,
+            spatial=HEADS[config.head].spatial,
+            pooling=config.pooling,
+            blocks=config.blocks,
+        ),
         num_classes=context.table.num_classes,
         **head_settings(config),
     )
-    model = PictureClassifier(encoder, head, pooling=config.pooling)
+    model = PictureClassifier(encoder, head, pooling=config.pooling, blocks=config.blocks)
     model.load_state_dict(load_file(context.state_path(candidate.number)))
-    pictures = open_matrix(candidate.features)
+    pictures = open_matrix(candidate.features[PLAIN.name])
     _, validation = context.split.pairs()[0]
     device = torch.device("cpu")
     return _Model(
@@ -262,6 +269,7 @@ def _score_and_save(
         head_spec=head_spec,
         class_names=table.class_names,
         pooling=winner.config.pooling,
+        blocks=winner.config.blocks,
         feature_mean_D=model.mean_D,
         feature_std_D=model.deviation_D,
         calibration=(scale, bias),

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from core.config import TrialConfig
 from core.errors import InputError
 
-from .context import FeatureRequest, feature_request
+from .context import FeatureRequest, feature_request, view_requests
 from .sampling import build_pruner, rungs
 from .space import SearchSpace
 
-READ_BY_FEATURES = ("backbone", "head", "pooling", "image_size")
+READ_BY_FEATURES = ("backbone", "head", "pooling", "blocks", "views", "image_size")
 """Parameters that decide which features a trial reads."""
 
 
@@ -55,13 +55,13 @@ def feature_requests(space: SearchSpace) -> list[FeatureRequest]:
     """Everything that some trial of the space may read, sorted, each once."""
     found = set()
     for values in space.assignments(READ_BY_FEATURES):
-        found.add(
-            feature_request(
-                mode=space.mode,
-                backbone=str(values["backbone"]),
-                head=str(values.get("head", TrialConfig.head)),
-                pooling=str(values.get("pooling", TrialConfig.pooling)),
-                image_size=int(str(values.get("image_size") or 0)),
-            )
+        plain = feature_request(
+            mode=space.mode,
+            backbone=str(values["backbone"]),
+            head=str(values.get("head", TrialConfig.head)),
+            pooling=str(values.get("pooling", TrialConfig.pooling)),
+            blocks=int(str(values.get("blocks", TrialConfig.blocks))),
+            image_size=int(str(values.get("image_size") or 0)),
         )
+        found.update(view_requests(plain, str(values.get("views", TrialConfig.views))))
     return sorted(found)

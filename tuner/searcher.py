@@ -22,7 +22,7 @@ from core.errors import InputError
 from core.report import Outcome, Status
 
 from .channel import ChannelHandle
-from .context import FeatureRequest, request_of
+from .context import FeatureRequest, request_of, view_folders
 from .outcomes import OutcomeLog
 from .space import SearchSpace
 from .study import OUTCOME, outcome_attribute
@@ -169,7 +169,7 @@ class CohortSearcher(Searcher):
             "cohort": cohort.name,
             "numbers": cohort.numbers,
             "trials": [member.config.to_dict() for member in cohort.members],
-            "features": self._features[cohort.request],
+            "features": view_folders(self._features, cohort.request),
         }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:

@@ -18,6 +18,8 @@ from .space_source import Source
 
 FINETUNE_ONLY = ("unfrozen_stages", "head_lr_multiplier", "horizontal_flip")
 """Settings that a probe does not read: searching them would be searching noise."""
+PROBE_ONLY = ("views",)
+"""Settings that fine-tuning does not read: it sees pictures, not cached features."""
 
 
 def in_order(parameters: Mapping[str, Parameter], source: Source) -> dict[str, Parameter]:
@@ -119,15 +121,18 @@ def _check_scope(space: SearchSpace, source: Source) -> None:
             "seed",
             hint="give one number, or leave it out",
         )
-    if space.mode == "probe":
-        for name in FINETUNE_ONLY:
-            if name in space.parameters:
-                raise source.error(
-                    f"{name} is not read by a probe, which trains the head alone",
-                    "parameters",
-                    name,
-                    hint="leave it out, or write `mode: finetune` at the top",
-                )
+    probing = space.mode == "probe"
+    for name in FINETUNE_ONLY if probing else PROBE_ONLY:
+        if name in space.parameters:
+            reader = "a probe, which trains the head alone" if probing else "fine-tuning"
+            raise source.error(
+                f"{name} is not read by {reader}",
+                "parameters",
+                name,
+                hint="leave it out, or write `mode: finetune` at the top"
+                if probing
+                else "leave it out; horizontal_flip is there",
+            )
 
 
 def _check_backbones(space: SearchSpace, source: Source) -> None:

@@ -69,7 +69,8 @@ def _readers() -> dict[str, tuple[str, frozenset[str]]]:
         for name in {name for record in registry.values() for name in record.parameters}:
             reading = frozenset(k for k, record in registry.items() if name in record.parameters)
             readers[name] = (decider, reading)
-    readers["pooling"] = ("head", frozenset(k for k, head in HEADS.items() if not head.spatial))
+    for name in ("pooling", "blocks"):
+        readers[name] = ("head", frozenset(k for k, head in HEADS.items() if not head.spatial))
     return readers
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from core.config import CLASS_WEIGHTS, FEATURE_NORMS, POOLINGS, TrialConfig
+from core.config import CLASS_WEIGHTS, FEATURE_NORMS, TrialConfig
 
 from .sampling import PRUNERS, SAMPLERS
 from .space_file import FIELDS, NUMBERS, ChoiceSection, ConstantSection, RangeSection, SpaceSection
@@ -81,10 +81,13 @@ def _entries() -> dict[str, Any]:
     from core.heads import HEADS
     from core.losses import LOSSES
     from core.optimizers import OPTIMIZERS
+    from core.pooling import POOLINGS
     from core.schedules import SCHEDULES
+    from core.views import VIEWS
 
     return {
         "pooling": POOLINGS,
+        "views": VIEWS,
         "feature_norm": FEATURE_NORMS,
         "class_weights": CLASS_WEIGHTS,
         "head": HEADS,

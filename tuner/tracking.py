@@ -2,8 +2,9 @@
 
 Writing happens in one thread beside the search, in batches: one process and one thread write,
 since processes that open a new sqlite store at once collide. A run's key is its tags STUDY and
-TRIAL; a resumed study finds its runs by them. MLflow's status: FINISHED for a complete trial,
-KILLED for a pruned one, FAILED for a failed one; tags say the same in our words, with the reason.
+TRIAL; a resumed study finds its runs by them. MLflow's status: FINISHED for a complete or
+pruned trial, FAILED for a failed one, KILLED for one that waits to be resumed; the tag STATUS tells
+complete from pruned, and REASON says why.
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ WINNER = "tuner.winner"
 LEARNT_NOTHING = "tuner.learnt_nothing"
 PARENT = "mlflow.parentRunId"
 NOTE = "mlflow.note.content"
+SOURCE = {"mlflow.source.name": "tuner search", "mlflow.source.type": "LOCAL"}
 
 RETRY_SECONDS = 120
 """How long a failing write is tried again before the study is told."""
 MAX_TEXT = 5000
 """MLflow refuses longer tags."""
-_RUN_STATUS = {Status.COMPLETE: "FINISHED", Status.PRUNED: "KILLED", Status.FAILED: "FAILED"}
+_RUN_STATUS = {Status.COMPLETE: "FINISHED", Status.PRUNED: "FINISHED", Status.FAILED: "FAILED"}
 
 
 class Tracker:
@@ -203,7 +205,7 @@ class Tracker:
             run = client.create_run(
                 self.experiment_id,
                 run_name=self._study,
-                tags={STUDY: self._study, TRIAL: "study"},
+                tags={STUDY: self._study, TRIAL: "study", **SOURCE},
             )
             self.parent_run_id = run.info.run_id
             self._log(self.parent_run_id, [], params, {})
@@ -221,7 +223,12 @@ class Tracker:
         run = client.create_run(
             self.experiment_id,
             run_name=f"{self._study} trial {number}",
-            tags={STUDY: self._study, TRIAL: str(number), PARENT: self.parent_run_id},
+            tags={
+                STUDY: self._study,
+                TRIAL: str(number),
+                PARENT: self.parent_run_id,
+                **SOURCE,
+            },
         )
         self._runs[number] = run.info.run_id
 

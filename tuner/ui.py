@@ -5,11 +5,16 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import urllib.parse
 
 from core.errors import InputError
 
 from .addresses import canonical, check_tracking
 from .home import Home
+from .study import open_study
+from .tracking import STUDY
+
+SHOWN_STUDIES = 5
 
 
 def serve_ui(home: Home, *, host: str, port: int, tracking_uri: str | None) -> int:
@@ -33,7 +38,11 @@ def serve_ui(home: Home, *, host: str, port: int, tracking_uri: str | None) -> i
                 where=f"--host {host} --port {port}",
                 hint="name another port, or an address of this machine",
             ) from error
-    print(f"MLflow UI: http://{host}:{port}   (Ctrl-C ends it)", flush=True)
+    base = f"http://{host}:{port}"
+    print(f"MLflow UI: {base}   (Ctrl-C ends it)")
+    for name, link in study_links(home, canonical(uri), base).items():
+        print(f"  trials of {name}, best first: {link}")
+    sys.stdout.flush()
     command = [
         sys.executable, "-m", "mlflow", "server",
         "--backend-store-uri", canonical(uri),
@@ -46,3 +55,26 @@ def serve_ui(home: Home, *, host: str, port: int, tracking_uri: str | None) -> i
         except KeyboardInterrupt:
             server.terminate()
             return server.wait()
+
+
+def study_links(home: Home, tracking_uri: str, base: str) -> dict[str, str]:
+    """The newest studies of this home that are tracked there: name -> page of their trials."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=tracking_uri)
+    paths = sorted(home.studies.glob("*/study.json"), key=lambda path: -path.stat().st_mtime)
+    links = {}
+    for path in paths[:SHOWN_STUDIES]:
+        record = open_study(home, path.parent.name).record
+        experiment = client.get_experiment_by_name(record.model)
+        if canonical(record.tracking_uri) == tracking_uri and experiment is not None:
+            query = urllib.parse.urlencode(
+                {
+                    "searchFilter": f"tags.`{STUDY}` = '{record.name}'",
+                    "orderByKey": f"metrics.`best_validation_{record.space['objective']}`",
+                    "orderByAsc": "false",
+                },
+                quote_via=urllib.parse.quote,
+            )
+            links[record.name] = f"{base}/#/experiments/{experiment.experiment_id}/runs?{query}"
+    return links

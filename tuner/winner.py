@@ -15,7 +15,7 @@ from core.report import Status
 from core.shards import write_json
 
 from .cluster import Workers
-from .context import Context, FeatureRequest, request_of
+from .context import Context, FeatureRequest, request_of, view_folders
 from .finalists import Candidate, Winner, crown
 from .searcher import trial_seed
 from .space import SearchSpace
@@ -91,7 +91,7 @@ def best_candidates(
                 number=trial.number,
                 config=config,
                 value=trial.value or 0.0,
-                features=features[request_of(config)],
+                features=view_folders(features, request_of(config)),
             )
         )
     return candidates
