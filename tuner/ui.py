@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +18,7 @@ from .study import open_study
 from .tracking import STUDY
 
 SHOWN_STUDIES = 5
+END_SECONDS = 10
 
 
 def serve_ui(home: Home, *, host: str, port: int, tracking_uri: str | None) -> int:
@@ -49,12 +53,26 @@ def serve_ui(home: Home, *, host: str, port: int, tracking_uri: str | None) -> i
         "--artifacts-destination", str(home.artifacts),
         "--host", host, "--port", str(port), "--workers", "1",
     ]  # fmt: skip
-    with subprocess.Popen(command) as server:
+    # A group of its own: MLflow's server starts helpers that outlive it if it alone is ended.
+    # Its job runners, half a dozen processes for tasks of language models, are not needed.
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with subprocess.Popen(command, env=environment, start_new_session=True) as server:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         try:
             return server.wait()
-        except KeyboardInterrupt:
-            server.terminate()
-            return server.wait()
+        except (KeyboardInterrupt, SystemExit):
+            return 0
+        finally:
+            _end_group(server)
+
+
+def _end_group(server: subprocess.Popen[bytes]) -> None:
+    """End the server with everything that it started; by force after END_SECONDS."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, how)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(END_SECONDS)
 
 
 def study_links(home: Home, tracking_uri: str, base: str) -> dict[str, str]:

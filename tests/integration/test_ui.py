@@ -77,8 +77,15 @@ def server(home: Home) -> Iterator[list[str]]:
                 time.sleep(0.3)
         yield log.read_text().splitlines()
     finally:
+        children = subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, timeout=10
+        ).stdout.split()
         process.terminate()
         process.wait(timeout=30)
+        for child in children:  # each leads the group of all that it started
+            left = subprocess.run(["pgrep", "-g", child], capture_output=True, timeout=10)
+            assert left.returncode == 1, f"the server left processes: {left.stdout!r}"
+        assert children
 
 
 @pytest.mark.timeout(200)
