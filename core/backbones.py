@@ -72,6 +72,13 @@ def find_backbone(name: str) -> Backbone:
     return _torchvision_backbone(name)
 
 
+def has_stages(name: str) -> bool:
+    """Whether a backbone has stages that can be unfrozen or read one by one, told by its name."""
+    if name in BACKBONES:
+        return BACKBONES[name].trainable
+    return not name.startswith("onnx/")
+
+
 def list_backbones() -> list[str]:
     """`ffn` and every torchvision classifier, sorted; `timm/NAME` and `onnx/FILE` exist besides."""
     from torchvision import models

@@ -15,9 +15,9 @@ from typing import Any
 from .errors import InputError, unknown_name
 
 MODES = ("probe", "finetune")
-POOLINGS = ("avg", "max")
 FEATURE_NORMS = ("standardize", "none")
 CLASS_WEIGHTS = ("none", "sqrt_inverse", "inverse")
+MAX_BLOCKS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,15 @@ class TrialConfig:
     mode: str = "probe"
     """`probe`: head on cached features of the frozen backbone; `finetune`: backbone layers too."""
     pooling: str = "avg"
-    """How a spatial feature map becomes one vector: `avg` or `max`. Not read by the csra head."""
+    """How a spatial feature map becomes one vector: `avg`, `max`, or `avg_max` for both side by
+    side. Not read by the csra head."""
+    blocks: int = 1
+    """From how many of the backbone's last stages pooled features are taken and laid side by side,
+    1 to 4. Not read by the csra head; ffn and ONNX backbones have one."""
+    views: str = "plain"
+    """`probe`: the views of each picture that training draws from, one an epoch: `plain`, `flip`
+    (the mirror image, too) or `flip_crop` (corner crops and their mirror images, too: 10 passes of
+    the backbone). Validation and test see the plain picture."""
     feature_norm: str = "standardize"
     """`standardize`: features are shifted and scaled per dimension by training-split statistics."""
     head: str = "linear"
@@ -94,65 +102,9 @@ class TrialConfig:
 
     def __post_init__(self) -> None:
         """Raises InputError that names the parameter, its value and the rule."""
-        from .heads import HEADS
-        from .losses import LOSSES
-        from .optimizers import OPTIMIZERS
-        from .schedules import SCHEDULES
-
-        for key, valid in (
-            ("mode", MODES),
-            ("pooling", POOLINGS),
-            ("feature_norm", FEATURE_NORMS),
-            ("head", HEADS),
-            ("loss", LOSSES),
-            ("class_weights", CLASS_WEIGHTS),
-            ("optimizer", OPTIMIZERS),
-            ("schedule", SCHEDULES),
-        ):
-            if getattr(self, key) not in valid:
-                raise unknown_name(key, getattr(self, key), valid, where=key)
-        _check(self, "lr > 0", "lr", self.lr > 0)
-        for key in ("csra_temperature", "head_lr_multiplier"):
-            _check(self, f"{key} > 0", key, getattr(self, key) > 0)
-        for key in ("csra_lambda", "gamma", "gamma_positive", "gamma_negative", "weight_decay"):
-            _check(self, f"{key} >= 0", key, getattr(self, key) >= 0)
-        for key in (
-            "dropout",
-            "clip",
-            "label_smoothing",
-            "momentum",
-            "beta1",
-            "beta2",
-            "alpha",
-            "warmup_fraction",
-        ):
-            _check(self, f"0 <= {key} < 1", key, 0 <= getattr(self, key) < 1)
-        for key in ("epochs", "batch_size"):
-            _check(self, f"{key} >= 1", key, getattr(self, key) >= 1)
-        _check(self, "0 <= seed < 2**63", "seed", 0 <= self.seed < 2**63)
-        _check(self, "unfrozen_stages >= 0", "unfrozen_stages", self.unfrozen_stages >= 0)
-        _check(self, "every width >= 1", "hidden_sizes", all(w >= 1 for w in self.hidden_sizes))
-        _check(
-            self,
-            "an mlp head has at least one hidden layer, other heads have none",
-            "hidden_sizes",
-            (self.head == "mlp") == bool(self.hidden_sizes),
-        )
-        _check(
-            self,
-            "(not nesterov) or momentum > 0",
-            "nesterov",
-            not self.nesterov or self.momentum > 0,
-        )
-        _check(
-            self,
-            "one_cycle needs warmup_fraction > 0",
-            "warmup_fraction",
-            self.schedule != "one_cycle" or self.warmup_fraction > 0,
-        )
-        _check(
-            self, "image_size >= 16", "image_size", self.image_size is None or self.image_size >= 16
-        )
+        _check_names(self)
+        _check_ranges(self)
+        _check_combinations(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrialConfig:
@@ -170,6 +122,87 @@ class TrialConfig:
         """The flat mapping that `from_dict` reads; tuples become lists, so that it is JSON."""
         values = dataclasses.asdict(self)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def _check_names(config: TrialConfig) -> None:
+    """Every name is in its registry."""
+    from .heads import HEADS
+    from .losses import LOSSES
+    from .optimizers import OPTIMIZERS
+    from .pooling import POOLINGS
+    from .schedules import SCHEDULES
+    from .views import VIEWS
+
+    for key, valid in (
+        ("mode", MODES),
+        ("pooling", POOLINGS),
+        ("views", VIEWS),
+        ("feature_norm", FEATURE_NORMS),
+        ("head", HEADS),
+        ("loss", LOSSES),
+        ("class_weights", CLASS_WEIGHTS),
+        ("optimizer", OPTIMIZERS),
+        ("schedule", SCHEDULES),
+    ):
+        if getattr(config, key) not in valid:
+            raise unknown_name(key, getattr(config, key), valid, where=key)
+
+
+def _check_ranges(config: TrialConfig) -> None:
+    """Every number is in its range."""
+    for key in ("lr", "csra_temperature", "head_lr_multiplier"):
+        _check(config, f"{key} > 0", key, getattr(config, key) > 0)
+    for key in ("csra_lambda", "gamma", "gamma_positive", "gamma_negative", "weight_decay"):
+        _check(config, f"{key} >= 0", key, getattr(config, key) >= 0)
+    for key in (
+        "dropout",
+        "clip",
+        "label_smoothing",
+        "momentum",
+        "beta1",
+        "beta2",
+        "alpha",
+        "warmup_fraction",
+    ):
+        _check(config, f"0 <= {key} < 1", key, 0 <= getattr(config, key) < 1)
+    for key in ("epochs", "batch_size"):
+        _check(config, f"{key} >= 1", key, getattr(config, key) >= 1)
+    _check(config, f"1 <= blocks <= {MAX_BLOCKS}", "blocks", 1 <= config.blocks <= MAX_BLOCKS)
+    _check(config, "0 <= seed < 2**63", "seed", 0 <= config.seed < 2**63)
+    _check(config, "unfrozen_stages >= 0", "unfrozen_stages", config.unfrozen_stages >= 0)
+    _check(config, "every width >= 1", "hidden_sizes", all(w >= 1 for w in config.hidden_sizes))
+    size = config.image_size
+    _check(config, "image_size >= 16", "image_size", size is None or size >= 16)
+
+
+def _check_combinations(config: TrialConfig) -> None:
+    """What one setting demands of another."""
+    from .backbones import has_stages
+
+    _check(
+        config,
+        "an mlp head has at least one hidden layer, other heads have none",
+        "hidden_sizes",
+        (config.head == "mlp") == bool(config.hidden_sizes),
+    )
+    _check(
+        config,
+        "(not nesterov) or momentum > 0",
+        "nesterov",
+        not config.nesterov or config.momentum > 0,
+    )
+    _check(
+        config,
+        "one_cycle needs warmup_fraction > 0",
+        "warmup_fraction",
+        config.schedule != "one_cycle" or config.warmup_fraction > 0,
+    )
+    _check(
+        config,
+        f"{config.backbone} has no stages that can be read, so blocks = 1",
+        "blocks",
+        config.blocks == 1 or has_stages(config.backbone),
+    )
 
 
 def _check(config: TrialConfig, rule: str, key: str, holds: bool) -> None:

@@ -22,7 +22,7 @@ from .backbones import Backbone, find_backbone
 from .errors import InputError
 from .networks import TimmNetwork, build_torchvision, cut_head
 from .onnx_network import OnnxNetwork, find_onnx
-from .stages import find_stages
+from .stages import as_map, find_stages, has_channels_last, hook_stages, noting_maps
 from .weights import load_pretrained, load_safetensors, save_safetensors
 
 WEIGHTS_FILE = "backbone.safetensors"
@@ -54,6 +54,7 @@ class Encoder(nn.Module):
             features, self._stage_names = find_stages(
                 network, lambda: self(torch.full((1, 3, size, size), 0.5))
             )
+        hook_stages(network, self._stage_names)
         spatial = features.shape[2] * features.shape[3] > 1
         self.backbone = dataclasses.replace(backbone, spatial=spatial)
         self.num_features = int(features.shape[1])
@@ -65,6 +66,38 @@ class Encoder(nn.Module):
         """
         features: Tensor = self.network((images_N3hw - self.mean) / self.std)
         return features[:, :, None, None] if features.ndim == 2 else features
+
+    def forward_blocks(self, images_N3hw: Tensor, blocks: int) -> list[Tensor]:
+        """Feature maps `[N, D, h, w]` of the last `blocks` stages, from input to output, of square
+        pictures as `forward` takes them; the last map is `forward`'s.
+
+        Raises:
+            InputError: there are fewer stages, or a stage has no map.
+        """
+        self.check_blocks(blocks)
+        with noting_maps() as noted:
+            last: Tensor = self(images_N3hw)
+        wanted = range(len(self._stage_names) - blocks, len(self._stage_names) - 1)
+        try:
+            channels_last = has_channels_last(noted.values())
+            return [*(as_map(noted[s], channels_last=channels_last) for s in wanted), last]
+        except (KeyError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"the last {blocks} stages of {self.backbone.name} do not all have a feature map",
+                where="blocks",
+                hint="take fewer",
+            ) from error
+
+    def check_blocks(self, blocks: int) -> None:
+        """Raises InputError for an encoder with fewer stages than `blocks`; 1 is always there."""
+        num_stages = len(self._stage_names)
+        if blocks > max(num_stages, 1):
+            counted = f"{num_stages} stages" if num_stages else "no stages that can be read"
+            raise InputError(
+                f"{self.backbone.name} has {counted}, so that the last {blocks} are too many",
+                where="blocks",
+                hint=f"blocks can be 1 to {num_stages}" if num_stages else "leave blocks at 1",
+            )
 
     def stages(self) -> list[nn.Module]:
         """The trainable parts from input to output; together they hold every parameter.
@@ -94,15 +127,6 @@ class Encoder(nn.Module):
             file = WEIGHTS_FILE
             save_safetensors(self.network.state_dict(), folder / file)
         return {"backbone": dataclasses.asdict(self.backbone), "weights": file}
-
-
-def pool(features_NDhw: Tensor, pooling: str) -> Tensor:
-    """One vector `[N, D]` a picture: the mean (`avg`) or the maximum (`max`) over the map."""
-    if pooling == "avg":
-        return features_NDhw.mean(dim=(2, 3))
-    if pooling == "max":
-        return features_NDhw.amax(dim=(2, 3))
-    raise InputError(f"unknown pooling {pooling!r}", where="pooling", hint="valid: avg, max")
 
 
 def build_encoder(

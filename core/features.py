@@ -1,7 +1,7 @@
 """Features of frozen backbones: computed once for each picture set, kept, and shared.
 
 Content-addressed (`core.shards`): a key covers everything that changes the values, which is
-picture bytes and their order, size, resizing, backbone, weights, pooling and type.
+picture bytes and their order, size, resizing, view, backbone, weights, pooling and type.
 N pictures, D features, P places of a map.
 """
 
@@ -15,10 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .encoders import Encoder, pool, weights_fingerprint
+from .encoders import Encoder, weights_fingerprint
 from .pixels import Pictures, Progress
+from .pooling import num_pooled_features, pooled_features
 from .precision import FLOAT32, autocast
 from .shards import ShardedMatrix, content_key
+from .views import PLAIN
 
 MAP = "map"
 """The pooling of features that keep their places: [N, P, D] for csra heads."""
@@ -40,11 +42,15 @@ class FeatureSpec:
     input_size: int
     resize: str
     pooling: str
-    """`avg`, `max` or `map`."""
+    """See `core.pooling.POOLINGS`; or `map`."""
     precision: str
     """Type in which the backbone computes: see `core.precision`."""
     dtype: str
     """Type in which features are kept."""
+    blocks: int = 1
+    """Stages that pooled features are taken from."""
+    view: str = PLAIN.name
+    """How the backbone saw the pictures: see `core.views`."""
 
     @property
     def key(self) -> str:
@@ -52,7 +58,13 @@ class FeatureSpec:
 
 
 def describe_features(
-    encoder: Encoder, *, pictures: str, pooling: str, precision: str = FLOAT32
+    encoder: Encoder,
+    *,
+    pictures: str,
+    pooling: str,
+    blocks: int = 1,
+    view: str = PLAIN.name,
+    precision: str = FLOAT32,
 ) -> FeatureSpec:
     """The spec of an encoder's features. Maps are kept in half precision: they are P times the
     size, and the head that reads them averages over places. A backbone that torch does not
@@ -66,6 +78,8 @@ def describe_features(
         pooling=pooling,
         precision=precision if encoder.backbone.trainable else FLOAT32,
         dtype="float16" if pooling == MAP else "float32",
+        blocks=blocks,
+        view=view,
     )
 
 
@@ -82,10 +96,10 @@ def feature_store(
     )
 
 
-def feature_shape(encoder: Encoder, pooling: str) -> tuple[int, ...]:
+def feature_shape(encoder: Encoder, pooling: str, blocks: int = 1) -> tuple[int, ...]:
     """Shape of one picture's features: (D,), or (P, D) for maps."""
     if pooling != MAP:
-        return (encoder.num_features,)
+        return (num_pooled_features(encoder, pooling=pooling, blocks=blocks),)
     size = encoder.backbone.input_size
     with torch.inference_mode():
         map_NDhw = encoder(torch.zeros(1, 3, size, size, device=encoder.mean.device))
@@ -97,6 +111,7 @@ def compute_features(
     store: ShardedMatrix,
     *,
     pooling: str,
+    blocks: int = 1,
     precision: str,
     pictures_of: Callable[[int], Pictures],
     shards: Sequence[int],
@@ -109,9 +124,10 @@ def compute_features(
     Args:
         encoder: frozen; moved to `device` and put in evaluation mode.
         store: the matrix to fill.
-        pooling: `avg`, `max` or `map`.
+        pooling: see `core.pooling.POOLINGS`; or `map`.
+        blocks: stages that pooled features are taken from.
         precision: see `core.precision`.
-        pictures_of: shard -> its uint8 pictures [n, size, size, 3].
+        pictures_of: shard -> its uint8 pictures [n, size, size, 3], in the view wanted.
         shards: which ones, in this order.
         batch_size: pictures a forward pass.
         progress: called with (pictures done, pictures to do).
@@ -123,7 +139,14 @@ def compute_features(
         parts = []
         for start in range(0, len(pixels), batch_size):
             batch = pixels[start : start + batch_size]
-            features = encode(encoder, batch, pooling=pooling, precision=precision, device=device)
+            features = encode(
+                encoder,
+                batch,
+                pooling=pooling,
+                blocks=blocks,
+                precision=precision,
+                device=device,
+            )
             parts.append(features.cpu())
             done += len(batch)
             if progress is not None:
@@ -137,17 +160,17 @@ def encode(
     pictures_NhwC: Pictures,
     *,
     pooling: str,
+    blocks: int = 1,
     precision: str = FLOAT32,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Features of uint8 pictures [N, size, size, 3]: float32 [N, D], or [N, P, D] for `map`."""
-    images = torch.from_numpy(pictures_NhwC).to(device).permute(0, 3, 1, 2)
+    images = torch.from_numpy(pictures_NhwC).to(device).permute(0, 3, 1, 2).float().div_(255)
     with autocast(device, precision):
-        map_NDhw: Tensor = encoder(images.float().div_(255))
-    map_NDhw = map_NDhw.float()
-    if pooling == MAP:
-        return map_NDhw.flatten(2).transpose(1, 2)
-    return pool(map_NDhw, pooling)
+        if pooling != MAP:
+            return pooled_features(encoder, images, pooling=pooling, blocks=blocks)
+        map_NDhw: Tensor = encoder(images)
+    return map_NDhw.float().flatten(2).transpose(1, 2)
 
 
 def _read_ahead(

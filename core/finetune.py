@@ -18,15 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from .config import TrialConfig
-from .encoders import Encoder, pool
+from .encoders import Encoder
 from .errors import InputError
 from .features import MAP, encode
-from .heads import build_head
+from .heads import HEADS, build_head
 from .inputs import Rows, feature_statistics
 from .losses import LOSSES, class_weights
 from .metrics import topk_recall
 from .optimizers import OPTIMIZERS
 from .pixels import Pictures
+from .pooling import num_head_features, pooled_features
 from .probe import METRICS, further_metrics
 from .report import Outcome, Report, Status
 from .schedules import rate_factors
@@ -49,6 +50,7 @@ class PictureClassifier(nn.Module):
         head: nn.Module,
         *,
         pooling: str,
+        blocks: int = 1,
         mean_D: Tensor | None = None,
         deviation_D: Tensor | None = None,
     ) -> None:
@@ -56,7 +58,9 @@ class PictureClassifier(nn.Module):
         self.encoder = encoder
         self.head = head
         self.pooling = pooling
-        size = encoder.num_features
+        self.blocks = blocks
+        self.spatial = bool(getattr(head, "spatial", False))
+        size = num_head_features(encoder, spatial=self.spatial, pooling=pooling, blocks=blocks)
         self.register_buffer("mean_D", torch.zeros(size) if mean_D is None else mean_D)
         self.register_buffer(
             "deviation_D", torch.ones(size) if deviation_D is None else deviation_D
@@ -64,12 +68,14 @@ class PictureClassifier(nn.Module):
 
     def forward(self, images_N3hw: Tensor) -> Tensor:
         """Float pictures [N, 3, S, S] in 0..1 to logits [N, C]."""
-        features = self.encoder(images_N3hw)
         mean, deviation = self.mean_D, self.deviation_D
-        if getattr(self.head, "spatial", False):
+        if self.spatial:
+            features = self.encoder(images_N3hw)
             mean, deviation = mean.view(-1, 1, 1), deviation.view(-1, 1, 1)
         else:
-            features = pool(features, self.pooling)
+            features = pooled_features(
+                self.encoder, images_N3hw, pooling=self.pooling, blocks=self.blocks
+            )
         logits: Tensor = self.head((features - mean) / deviation)
         return logits
 
@@ -196,22 +202,34 @@ def _build(
     for stage in unfrozen:
         for parameter in stage.parameters():
             parameter.requires_grad_(True)
-    head = build_head(
-        num_features=encoder.num_features, num_classes=num_classes, **head_settings(config)
+    spatial = HEADS[config.head].spatial
+    num_features = num_head_features(
+        encoder, spatial=spatial, pooling=config.pooling, blocks=config.blocks
     )
+    head = build_head(num_features=num_features, num_classes=num_classes, **head_settings(config))
     mean_D = deviation_D = None
     if config.feature_norm == "standardize":
         # The same sample for every trial: spread over the training rows, in order.
         sample = train[:: max(1, len(train) // STATISTICS_ROWS)][:STATISTICS_ROWS]
-        pooling = MAP if head.spatial else config.pooling
-        blocks = [
-            encode(encoder, np.asarray(pictures[block]), pooling=pooling, device=device).cpu()
+        parts = [
+            encode(
+                encoder,
+                np.asarray(pictures[block]),
+                pooling=MAP if spatial else config.pooling,
+                blocks=config.blocks,
+                device=device,
+            ).cpu()
             for block in _blocks(sample, EVALUATION_BATCH)
         ]
-        features = torch.cat(blocks).numpy()
+        features = torch.cat(parts).numpy()
         mean_D, deviation_D = feature_statistics(features, np.arange(len(features)))
     model = PictureClassifier(
-        encoder, head, pooling=config.pooling, mean_D=mean_D, deviation_D=deviation_D
+        encoder,
+        head,
+        pooling=config.pooling,
+        blocks=config.blocks,
+        mean_D=mean_D,
+        deviation_D=deviation_D,
     )
     return model.to(device)
 

@@ -1,11 +1,14 @@
 """What heads read: a backbone's features of all rows, scaled and served in batches.
 
 Pooled features [N, D] are scaled once and kept in memory (on the device); feature maps [N, P, D]
-stay on disk in half precision and are scaled batch by batch. N rows, D features, P places.
+stay on disk in half precision and are scaled batch by batch. With several views of each picture,
+training reads them at random and everything else reads the first, the plain one, whose statistics
+scale them all. N rows, D features, P places, V views.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -50,10 +53,17 @@ class HeadInputs:
         norm: `standardize` by the statistics of `train_rows`, or `none`.
         train_rows: rows whose statistics count.
         device: where batches are wanted.
+        further_views: matrices of the further views, as `features`, which is view 0.
     """
 
     def __init__(
-        self, features: FloatMatrix, *, norm: str, train_rows: Rows, device: torch.device | str
+        self,
+        features: FloatMatrix,
+        *,
+        norm: str,
+        train_rows: Rows,
+        device: torch.device | str,
+        further_views: Sequence[FloatMatrix] = (),
     ) -> None:
         self.device = torch.device(device)
         self.num_features = int(features.shape[-1])
@@ -63,18 +73,33 @@ class HeadInputs:
         if norm == "standardize":
             mean_D, deviation_D = feature_statistics(features, train_rows)
             self.mean_D, self.deviation_D = mean_D.to(device), deviation_D.to(device)
-        self._features = features
-        self._matrix_ND: Tensor | None = None
+        self._features = [features, *further_views]
+        self._matrix_VND: Tensor | None = None
         if features.ndim == 2:
-            matrix_ND = torch.from_numpy(np.array(features, dtype=np.float32)).to(self.device)
-            self._matrix_ND = self._scale(matrix_ND)
+            self._matrix_VND = torch.empty(len(self._features), *features.shape, device=device)
+            for matrix_ND, view in zip(self._matrix_VND, self._features, strict=True):
+                for start in range(0, len(view), _BLOCK_ROWS):
+                    block = np.array(view[start : start + _BLOCK_ROWS], dtype=np.float32)
+                    matrix_ND[start : start + _BLOCK_ROWS].copy_(torch.from_numpy(block))
+                self._scale(matrix_ND)
 
-    def batch(self, rows: Rows) -> Tensor:
-        """Scaled float32 features of these rows on the device: [B, D] or [B, P, D]."""
-        if self._matrix_ND is not None:
-            return self._matrix_ND[torch.from_numpy(rows).to(self.device)]
-        block = torch.from_numpy(np.ascontiguousarray(self._features[rows]))
-        return self._scale(block.to(self.device).float())
+    def batch(self, rows: Rows, views: Rows | None = None) -> Tensor:
+        """Scaled float32 features of these rows on the device: [B, D] or [B, P, D].
+
+        `views` [B] says in which view each row is read; None: all in the plain one, which is 0.
+        """
+        if self._matrix_VND is not None:
+            rows_B = torch.from_numpy(rows).to(self.device)
+            if views is None:
+                return self._matrix_VND[0][rows_B]
+            return self._matrix_VND[torch.from_numpy(views).to(self.device), rows_B]
+        if views is None:
+            block = np.ascontiguousarray(self._features[0][rows])
+        else:
+            block = np.empty((len(rows), *self._features[0].shape[1:]), self._features[0].dtype)
+            for view in np.unique(views):
+                block[views == view] = self._features[view][rows[views == view]]
+        return self._scale(torch.from_numpy(block).to(self.device).float())
 
     def _scale(self, features: Tensor) -> Tensor:
         if self.mean_D is None or self.deviation_D is None:

@@ -25,10 +25,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .encoders import Encoder, load_encoder, pool
+from .encoders import Encoder, load_encoder
 from .errors import InputError
-from .heads import build_head
+from .heads import HEADS, build_head
 from .pictures import decode_square, default_threads, open_picture
+from .pooling import num_head_features, pooled_features
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "model.json"
@@ -45,6 +46,7 @@ class Classifier:
         head: nn.Module,
         class_names: Sequence[str],
         pooling: str,
+        blocks: int,
         feature_mean_D: Tensor | None,
         feature_std_D: Tensor | None,
         calibration: tuple[float, float],
@@ -61,6 +63,7 @@ class Classifier:
         self._encoder = encoder.to(device).to(memory_format=torch.channels_last).eval()
         self._head = head.to(device).eval()
         self._pooling = pooling
+        self._blocks = blocks
         self._mean_D = None if feature_mean_D is None else feature_mean_D.to(device)
         self._std_D = None if feature_std_D is None else feature_std_D.to(device)
         self._scale, self._bias = calibration
@@ -89,8 +92,8 @@ class Classifier:
         """Probabilities [B, C] of decoded pictures [B, size, size, 3] of the model's input size."""
         with torch.inference_mode():
             images = torch.from_numpy(images_B).to(self._device).permute(0, 3, 1, 2)
-            features = self._encoder(images.float().div(255))
-            logits_BC = self._head(self._prepare(features)) * self._scale + self._bias
+            features = self._features(images.float().div(255))
+            logits_BC = self._head(features) * self._scale + self._bias
             if not bool(torch.isfinite(logits_BC).all()):
                 raise RuntimeError("the model gave a score that is not a finite number")
             probabilities: npt.NDArray[np.float32] = torch.sigmoid(logits_BC).cpu().numpy()
@@ -103,11 +106,16 @@ class Classifier:
             raise InputError(error.problem, where=f"row {row}", hint=error.hint) from error
         return decode_square(image, self.input_size, resize=self._encoder.backbone.resize)
 
-    def _prepare(self, features_BDhw: Tensor) -> Tensor:
+    def _features(self, images_B3hw: Tensor) -> Tensor:
         """What the head reads: the map [B, D, h, w], or pooled [B, D]; standardised."""
-        features_BDhw = features_BDhw.to(self._device)
         spatial = bool(getattr(self._head, "spatial", False))
-        features = features_BDhw if spatial else pool(features_BDhw, self._pooling)
+        if spatial:
+            features: Tensor = self._encoder(images_B3hw)
+        else:
+            features = pooled_features(
+                self._encoder, images_B3hw, pooling=self._pooling, blocks=self._blocks
+            )
+        features = features.to(self._device)
         if self._mean_D is None or self._std_D is None:
             return features
         shape = (-1, 1, 1) if spatial else (-1,)
@@ -122,6 +130,7 @@ def save_model(
     head_spec: Mapping[str, Any],
     class_names: Sequence[str],
     pooling: str,
+    blocks: int = 1,
     feature_mean_D: Tensor | None = None,
     feature_std_D: Tensor | None = None,
     calibration: tuple[float, float] = (1.0, 0.0),
@@ -131,7 +140,8 @@ def save_model(
 ) -> None:
     """Write a model directory, whole or not at all; an earlier model in `folder` is replaced.
 
-    `head_spec` is `{"kind": ..., **settings}` as `build_head` takes them. The head sees
+    `head_spec` is `{"kind": ..., **settings}` as `build_head` takes them. `pooling` and `blocks`
+    are as for `pooled_features`; a spatial head reads neither. The head sees
     (features - mean) / std where both are given. A probability is sigmoid(scale * logit + bias)
     with `calibration` = (scale, bias). `metadata` is any JSON and comes back from `load_model`.
     Raises ValueError for parts that do not fit together, InputError if `folder` holds other files.
@@ -156,6 +166,7 @@ def save_model(
         "thresholds": None if thresholds is None else [float(t) for t in thresholds],
         "calibration": [float(value) for value in calibration],
         "pooling": pooling,
+        "blocks": blocks,
         "input_size": input_size,
         "encoder": encoder_spec,
         "head": dict(head_spec),
@@ -179,9 +190,16 @@ def load_model(folder: Path, *, device: str | torch.device = "cpu") -> Classifie
     check_files(folder, manifest)
     encoder = load_encoder(folder, manifest["encoder"])
     settings = dict(manifest["head"])
+    kind = settings.pop("kind")
+    pooling, blocks = manifest["pooling"], manifest.get("blocks", 1)  # absent: an older model
     head = build_head(
-        settings.pop("kind"),
-        num_features=encoder.num_features,
+        kind,
+        num_features=num_head_features(
+            encoder,
+            spatial=kind in HEADS and HEADS[kind].spatial,
+            pooling=pooling,
+            blocks=blocks,
+        ),
         num_classes=len(manifest["class_names"]),
         **settings,
     )
@@ -198,7 +216,8 @@ def load_model(folder: Path, *, device: str | torch.device = "cpu") -> Classifie
         encoder=encoder,
         head=head,
         class_names=manifest["class_names"],
-        pooling=manifest["pooling"],
+        pooling=pooling,
+        blocks=blocks,
         feature_mean_D=tensors.get("feature_mean"),
         feature_std_D=tensors.get("feature_std"),
         calibration=(scale, bias),

@@ -1,7 +1,7 @@
 """Training heads on the features of a frozen backbone, many at a time.
 
-Trials whose heads share shape, batch size and feature scaling form one stack; all stacks of the
-call advance epoch by epoch together, so that the report sees every trial at the same age. A
+Trials whose heads share shape, batch size, views and feature scaling form one stack; all stacks of
+the call advance epoch by epoch together, so that the report sees every trial at the same age. A
 trial's value is its best epoch's validation objective, and the weights kept are that epoch's.
 With several folds a trial has one head a fold, and its metrics are means over the folds.
 N pictures, H heads, C classes.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from .inputs import FloatMatrix, HeadInputs, Rows
 from .metrics import f1, macro_recall, mean_average_precision, topk_recall
 from .report import CohortReport, Metrics, Outcome, Status, keep_going
 from .stack import HeadStack, bytes_of_head, structure
+from .views import PLAIN, VIEWS
 
 METRICS: dict[str, Callable[..., Tensor]] = {
     "top3_accuracy": topk_recall,
@@ -38,6 +39,7 @@ def train_probes(
     folds: Sequence[tuple[Rows, Rows]],
     configs: Sequence[TrialConfig],
     *,
+    further_views: Mapping[str, FloatMatrix] | None = None,
     objective: str = "top3_accuracy",
     report: CohortReport = keep_going,
     order_seed: int = 0,
@@ -51,12 +53,16 @@ def train_probes(
         targets_NC: 0/1 targets, float32.
         folds: (training rows, validation rows), once or once a fold.
         configs: one a trial.
+        further_views: view's name -> its matrix, as `features`, which is the plain view; all that
+            the configs' `views` name.
         objective: which validation metric is the trial's value; see METRICS.
         report: hears every epoch of all running trials, says which stop.
         order_seed: seeds the order of batches, which trials share.
         keep_state: return the first fold's best weights with each outcome.
     """
-    groups = _group(features, targets_NC, folds, configs, objective, order_seed, device)
+    groups = _group(
+        features, further_views or {}, targets_NC, folds, configs, objective, order_seed, device
+    )
     epoch = 0
     while any(group.running for group in groups):
         epoch += 1
@@ -72,6 +78,7 @@ def train_probes(
 
 def _group(
     features: FloatMatrix,
+    further_views: Mapping[str, FloatMatrix],
     targets_NC: Tensor,
     folds: Sequence[tuple[Rows, Rows]],
     configs: Sequence[TrialConfig],
@@ -82,32 +89,40 @@ def _group(
     """Configs that can share a stack, in order of first appearance, each within STACK_BYTES."""
     by_key: dict[object, list[int]] = defaultdict(list)
     for place, config in enumerate(configs):
-        by_key[(structure(config), config.batch_size, config.feature_norm)].append(place)
+        key = (structure(config), config.batch_size, config.feature_norm, config.views)
+        by_key[key].append(place)
+    view_names = [PLAIN.name, *further_views]
     inputs: dict[str, list[HeadInputs]] = {}
     groups = []
     for places in by_key.values():
         first = configs[places[0]]
         if first.feature_norm not in inputs:
             inputs[first.feature_norm] = [
-                HeadInputs(features, norm=first.feature_norm, train_rows=train, device=device)
+                HeadInputs(
+                    features,
+                    norm=first.feature_norm,
+                    train_rows=train,
+                    device=device,
+                    further_views=list(further_views.values()),
+                )
                 for train, _ in folds
             ]
+        scaled = inputs[first.feature_norm]
         size = sum(
             bytes_of_head(
                 first,
                 num_features=features.shape[-1],
-                num_places=inputs[first.feature_norm][0].num_places,
+                num_places=scaled[0].num_places,
                 num_classes=targets_NC.shape[1],
                 num_evaluated=len(validation),
             )
             for _, validation in folds
         )
+        views = [view_names.index(view.name) for view in VIEWS[first.views]]
         count = max(1, STACK_BYTES // size)
         for start in range(0, len(places), count):
             part = {p: configs[p] for p in places[start : start + count]}
-            groups.append(
-                _Group(part, inputs[first.feature_norm], targets_NC, folds, objective, order_seed)
-            )
+            groups.append(_Group(part, scaled, views, targets_NC, folds, objective, order_seed))
     return groups
 
 
@@ -118,6 +133,7 @@ class _Group:
         self,
         configs: dict[int, TrialConfig],
         inputs: Sequence[HeadInputs],
+        views: Sequence[int],
         targets_NC: Tensor,
         folds: Sequence[tuple[Rows, Rows]],
         objective: str,
@@ -126,6 +142,7 @@ class _Group:
         first = next(iter(configs.values()))
         self.configs = configs
         self.batch_size = first.batch_size
+        self.views = np.array(views)
         self.objective = objective
         self.order_seed = order_seed
         self.curves: dict[int, list[dict[str, float]]] = {place: [] for place in configs}
@@ -243,6 +260,7 @@ class _Fold:
         self.batch_size = group.batch_size
         self.objective = group.objective
         self.order_seed = group.order_seed
+        self.views = group.views
         # As many training as validation rows, spread evenly: a training accuracy at little cost.
         step = max(1, len(train) // len(validation))
         self.train_sample = train[::step][: len(validation)]
@@ -256,11 +274,16 @@ class _Fold:
 
     def train_epoch(self, epoch: int) -> dict[str, list[float]]:
         """Metrics of the epoch: name -> one value a head, in stack order; may be NaN."""
-        order = np.random.default_rng([self.order_seed, epoch]).permutation(self.train)
+        # Of the study's seed, not of the trials': the same whoever is in the stack.
+        chance = np.random.default_rng([self.order_seed, epoch])
+        order = chance.permutation(self.train)
+        views = self.views[chance.integers(len(self.views), size=len(order))]
         total_H = torch.zeros(len(self.stack), dtype=torch.float64, device=self.inputs.device)
         for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            losses_H = self.stack.step(self.inputs.batch(rows), self._targets(rows))
+            batch = slice(start, start + self.batch_size)
+            rows = order[batch]
+            features = self.inputs.batch(rows, views[batch] if len(self.views) > 1 else None)
+            losses_H = self.stack.step(features, self._targets(rows))
             total_H += losses_H * len(rows)
         return {
             "train_loss": (total_H / len(order)).tolist(),

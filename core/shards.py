@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 import shutil
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ from .errors import InputError
 
 SHARD_ROWS = 256
 """Rows of a shard: the most that a kill loses for each worker."""
+USE_FILE = ".use"
+"""In a store's folder: locked by those who use it; its time is the store's last use."""
 
 
 def content_key(spec: Mapping[str, object]) -> str:
@@ -43,6 +46,8 @@ class ShardedMatrix:
         num_rows: rows in all.
         row_shape: shape of one row.
         dtype: numpy type of the values.
+
+    While this object lives, the store is in use (`hold`): nobody removes it.
 
     Raises:
         InputError: the folder cannot be written, or the disk has no room for the matrix.
@@ -63,7 +68,8 @@ class ShardedMatrix:
         self.dtype = np.dtype(dtype)
         self._matrix_path = folder / "matrix.npy"
         try:
-            (folder / "shards").mkdir(parents=True, exist_ok=True)
+            weakref.finalize(self, os.close, _make_and_hold(folder))
+            (folder / "shards").mkdir(exist_ok=True)
             write_json(folder / "spec.json", spec)
             self._create()
         except OSError as error:
@@ -173,6 +179,69 @@ class ShardedMatrix:
         matrix = self.open()
         assert isinstance(matrix, np.memmap)
         return int(matrix.offset) + row * int(np.prod(self.shape[1:])) * self.dtype.itemsize
+
+
+def hold(folder: Path) -> int:
+    """Say that a store is in use, until the returned file descriptor is closed or the process
+    ends: `remove` leaves it alone. Raises FileNotFoundError if the store is not there."""
+    path = folder / USE_FILE
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if _is_at(descriptor, path):
+            os.utime(descriptor)
+            return descriptor
+        os.close(descriptor)  # Removed while we waited for the lock.
+
+
+def remove(folder: Path) -> bool:
+    """Remove a store for good; False, and nothing is done, while somebody uses it."""
+    path = folder / USE_FILE
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _is_at(descriptor, path):
+            return False
+        # Renamed first: whoever comes now finds all of it or nothing.
+        doomed = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a process holds the store now."""
+    try:
+        descriptor = os.open(folder / USE_FILE, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _make_and_hold(folder: Path) -> int:
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            return hold(folder)
+        except FileNotFoundError:
+            continue  # Removed in between.
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

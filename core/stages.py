@@ -3,11 +3,16 @@
 A stage is what the literature calls so: the layers between two changes of resolution. A network
 without maps of at least three resolutions (a vision transformer) has one stage a block. The
 resolutions are seen, not looked up: no table of architectures is needed.
+
+A stage's map is what the next stage reads: activation and pooling between the two are part of it.
+Hooks that note it stay on the network and sleep unless `noting_maps` wakes them in their thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -15,6 +20,9 @@ from torch import Tensor, nn
 
 _FEWEST_UNITS = 4
 _FEWEST_RESOLUTIONS = 3
+
+# A context variable, as one network may predict in several threads at once.
+_noted: ContextVar[dict[int, Tensor] | None] = ContextVar("noted", default=None)
 
 
 @dataclass(kw_only=True)
@@ -60,6 +68,52 @@ def find_stages(
         for handle in handles:
             handle.remove()
     return output, _group(watch, _units(watch))
+
+
+def hook_stages(network: nn.Module, stages: Sequence[tuple[str, ...]]) -> None:
+    """Have `noting_maps` hear of each stage but the last."""
+    for stage, names in enumerate(stages[1:]):
+        network.get_submodule(names[0]).register_forward_pre_hook(partial(_note_map, stage))
+
+
+@contextmanager
+def noting_maps() -> Iterator[dict[int, Tensor]]:
+    """Fills with stage -> its output, whatever its shape, for networks run in this thread."""
+    noted: dict[int, Tensor] = {}
+    token = _noted.set(noted)
+    try:
+        yield noted
+    finally:
+        _noted.reset(token)
+
+
+def _note_map(stage: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    noted = _noted.get()
+    if noted is not None:
+        noted[stage] = inputs[0]
+
+
+def as_map(output: Tensor, *, channels_last: bool) -> Tensor:
+    """A stage's output as a feature map [N, D, h, w].
+
+    Tokens [N, P, D] become [N, D, P, 1], class token included. Raises ValueError for other ranks.
+    """
+    if output.ndim == 2:
+        return output[:, :, None, None]
+    if output.ndim == 3:
+        return output.transpose(1, 2).unsqueeze(3)
+    if output.ndim == 4:
+        return output.permute(0, 3, 1, 2) if channels_last else output
+    raise ValueError(f"{tuple(output.shape)} is no feature map")
+
+
+def has_channels_last(outputs: Iterable[Tensor]) -> bool:
+    """Whether a network's maps are [N, h, w, D] (Swin), told by its stages' outputs for square
+    pictures: one of them may have as many features as places a side, but hardly all of them."""
+    shapes = [output.shape for output in outputs if output.ndim == 4]
+    return any(h == w != d for _, h, w, d in shapes) and not any(
+        h == w != d for _, d, h, w in shapes
+    )
 
 
 def _units(watch: _Watch) -> list[str]:

@@ -16,7 +16,7 @@ import click
 
 from core.errors import InputError
 
-from . import cli_data, cli_models
+from . import cli_cache, cli_data, cli_models
 from .options import data_options, home_of, table_arguments
 
 INTERRUPTED = 130
@@ -200,6 +200,7 @@ def ui(port: int, host: str, tracking_uri: str | None) -> None:
     sys.exit(serve_ui(home_of(), host=host, port=port, tracking_uri=tracking_uri))
 
 
+cli.add_command(cli_cache.cache)
 cli.add_command(cli_data.data)
 cli.add_command(cli_models.predict)
 cli.add_command(cli_models.evaluate)

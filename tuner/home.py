@@ -8,6 +8,7 @@ artifacts/         MLflow's artifacts
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 from core.errors import InputError
 
 HOME_VARIABLE = "TUNER_HOME"
+LIMIT_VARIABLE = "TUNER_CACHE_GB"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,25 @@ class Home:
         return self.root / "cache"
 
     @property
+    def cache_limit(self) -> int | None:
+        """Bytes that the cache may take, from TUNER_CACHE_GB; None for no limit.
+
+        Raises InputError if that is no number of gigabytes.
+        """
+        text = os.environ.get(LIMIT_VARIABLE)
+        if not text:
+            return None
+        try:
+            limit = float(text)
+        except ValueError:
+            limit = math.nan
+        if not 0 <= limit < math.inf:
+            raise InputError(
+                f"expected gigabytes, 0 or more, but got {text!r}", where=LIMIT_VARIABLE
+            )
+        return int(limit * 10**9)
+
+    @property
     def artifacts(self) -> Path:
         return self.root / "artifacts"
 
@@ -44,10 +65,11 @@ class Home:
 def open_home(root: Path | None = None) -> Home:
     """The home in `root`, or TUNER_HOME, or `~/.poster-tuner`, made if it is not there.
 
-    Raises InputError if it cannot be written.
+    Raises InputError if it cannot be written, or the cache's limit makes no sense.
     """
     chosen = root or Path(os.environ.get(HOME_VARIABLE) or "~/.poster-tuner")
     home = Home(root=chosen.expanduser().resolve())
+    _ = home.cache_limit
     try:
         home.studies.mkdir(parents=True, exist_ok=True)
         home.cache.mkdir(exist_ok=True)

@@ -19,11 +19,12 @@ from core.split import Split
 from core.table import Table
 
 from .addresses import check_tracking
+from .cache import holding, make_room, pruned_lines
 from .cluster import LOCAL, Workers, check_address, cluster
 from .context import Context
 from .data import reread_table
 from .extraction import extract
-from .home import Home
+from .home import LIMIT_VARIABLE, Home
 from .live import StudyView
 from .plan import Plan, make_plan
 from .preparation import SearchRequest, objective_floor, prepare
@@ -122,14 +123,16 @@ def run(
         view.announce(study.record.name, table, split)
         with cluster(address) as workers:
             context = _context(study, home, table, split, plan, workers)
-            features = _extract(context, plan, workers, console)
+            features = _extract(context, plan, workers, home, console)
             tracker.flush()
-            if run_trials(
-                study, space, context, plan, workers, features=features, tracker=tracker, view=view
-            ):
-                result = crown_and_register(
-                    study, space, context, workers, features, tracker, console
-                )
+            with holding(features.values()):
+                if run_trials(
+                    study, space, context, plan, workers,
+                    features=features, tracker=tracker, view=view,
+                ):  # fmt: skip
+                    result = crown_and_register(
+                        study, space, context, workers, features, tracker, console
+                    )
         tracker.end_study("FINISHED" if result else "KILLED")
     except KeyboardInterrupt:
         tracker.end_study("KILLED")
@@ -163,9 +166,21 @@ def _context(
     )
 
 
-def _extract(context: Context, plan: Plan, workers: Workers, console: Console) -> dict[Any, str]:
+def _extract(
+    context: Context, plan: Plan, workers: Workers, home: Home, console: Console
+) -> dict[Any, str]:
     from .channel import start_channel
 
+    pruned = make_room(
+        home.cache,
+        home.cache_limit,
+        plan.requests,
+        pictures=context.pictures,
+        num_images=context.table.num_images,
+    )
+    if pruned is not None:
+        console.print(f"making room in the cache ({LIMIT_VARIABLE}):", highlight=False)
+        console.print("\n".join(f"  {line}" for line in pruned_lines(pruned)), highlight=False)
     with showing_steps(console) as steps:
         return extract(
             context,

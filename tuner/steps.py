@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from .extraction import ExtractionProgress
+if TYPE_CHECKING:
+    from .extraction import ExtractionProgress
 
 LINE_SECONDS = 10.0
 """Between lines of a step where there is no terminal."""

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torchvision import models
 
 from core.backbones import BACKBONES, IMAGENET_MEAN, IMAGENET_STD, find_backbone, list_backbones
-from core.encoders import Encoder, build_encoder, load_encoder, pool, weights_fingerprint
+from core.encoders import Encoder, build_encoder, load_encoder, weights_fingerprint
 from core.errors import InputError
 from core.networks import build_torchvision, cut_head
+from core.pooling import pool
 
 # Smaller than the networks' own size, where they allow it, to be quick.
 SIZES: dict[str, int | None] = {
@@ -284,6 +285,26 @@ def test_pooling() -> None:
     torch.testing.assert_close(pool(features_NDhw, "max"), expected)
     with pytest.raises(InputError, match="pooling: unknown pooling 'sum'"):
         pool(features_NDhw, "sum")
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_the_last_stages_have_maps_that_end_in_the_features(name: str) -> None:
+    """As many as every family has; each with a map of its own, the last being the encoder's."""
+    encoder = shared_encoder(name)
+    images = pictures_of(encoder)
+    with torch.no_grad():
+        maps = encoder.forward_blocks(images, 3)
+        assert torch.equal(maps[-1], encoder(images))
+        (alone,) = encoder.forward_blocks(images, 1)
+    assert torch.equal(alone, maps[-1])
+    assert len(maps) == 3
+    for map_NDhw in maps:
+        assert map_NDhw.ndim == 4
+        assert len(map_NDhw) == len(images)
+        assert torch.isfinite(map_NDhw).all()
+    sizes = [m.shape[2] * m.shape[3] for m in maps]
+    assert sizes == sorted(sizes, reverse=True)
+    assert not torch.equal(maps[0][0], maps[0][1])
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,11 @@ from core.errors import InputError
 # One invalid value of each field that has a rule, with words of the message.
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"mode": "train"}, "unknown mode 'train'(.|\n)*finetune, probe"),
-    ({"pooling": "map"}, "unknown pooling 'map'(.|\n)*avg, max"),
+    ({"pooling": "map"}, "unknown pooling 'map'(.|\n)*avg, avg_max, max"),
+    ({"views": "rotate"}, "unknown views 'rotate'(.|\n)*flip, flip_crop, plain"),
+    ({"blocks": 0}, "1 <= blocks <= 4"),
+    ({"blocks": 5}, "1 <= blocks <= 4"),
+    ({"blocks": 2}, "ffn has no stages that can be read, so blocks = 1 must hold"),
     ({"feature_norm": "l2"}, "unknown feature_norm 'l2'"),
     ({"head": "transformer"}, "unknown head 'transformer'(.|\n)*csra, linear, mlp"),
     ({"loss": "hinge"}, "unknown loss 'hinge'"),
@@ -80,6 +84,13 @@ def test_every_field_with_a_rule_is_among_the_refused() -> None:
 def test_rules_hold_for_direct_construction_too() -> None:
     with pytest.raises(InputError, match="lr > 0"):
         TrialConfig(backbone="ffn", lr=float("nan"))
+
+
+def test_only_backbones_with_stages_have_several_blocks() -> None:
+    for backbone in ("resnet50", "squeezenet1_1", "timm/vit"):
+        assert TrialConfig(backbone=backbone, blocks=4).blocks == 4
+    with pytest.raises(InputError, match=r"onnx/a\.onnx has no stages"):
+        TrialConfig(backbone="onnx/a.onnx", blocks=2)
 
 
 def test_unknown_and_missing_keys() -> None:

@@ -23,6 +23,7 @@ from core.finetune import PictureClassifier, finetune
 from core.heads import build_head
 from core.inputs import feature_statistics
 from core.metrics import topk_recall
+from core.pooling import num_head_features
 from core.report import Metrics, Outcome, Status
 from core.stack import head_settings
 
@@ -93,8 +94,10 @@ def _images(pictures: np.ndarray) -> Tensor:
 
 def _logits(outcome: Outcome, encoder: Encoder, config: TrialConfig) -> Tensor:
     """Validation logits of the state that was kept, loaded into a new classifier."""
-    head = build_head(num_features=encoder.num_features, num_classes=C, **head_settings(config))
-    model = PictureClassifier(encoder, head, pooling=config.pooling).eval()
+    reads = {"pooling": config.pooling, "blocks": config.blocks}
+    size = num_head_features(encoder, spatial=config.head == "csra", **reads)
+    head = build_head(num_features=size, num_classes=C, **head_settings(config))
+    model = PictureClassifier(encoder, head, **reads).eval()
     assert outcome.state is not None
     model.load_state_dict(outcome.state)
     with torch.no_grad():
@@ -160,16 +163,17 @@ def test_training_learns_and_every_epoch_is_reported() -> None:
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp", "csra"])
-@pytest.mark.parametrize("pooling", ["avg", "max"])
+@pytest.mark.parametrize(("pooling", "blocks"), [("avg", 1), ("max", 1), ("avg_max", 2)])
 @pytest.mark.parametrize("feature_norm", ["standardize", "none"])
 def test_the_state_kept_gives_the_best_epochs_metrics(
-    head: str, pooling: str, feature_norm: str
+    head: str, pooling: str, blocks: int, feature_norm: str
 ) -> None:
     config = dataclasses.replace(
         CONFIG,
         head=head,
         hidden_sizes=(6,) if head == "mlp" else (),
         pooling=pooling,
+        blocks=blocks,
         feature_norm=feature_norm,
         epochs=4,
         lr=0.05,
@@ -184,6 +188,21 @@ def test_the_state_kept_gives_the_best_epochs_metrics(
     expected = average_precision_score(targets_NC, logits_NC, average="macro")
     found = outcome.best_metrics["validation_mean_average_precision"]
     assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_scaling_of_several_stages_comes_from_each_of_them() -> None:
+    """Maps of the last two of four blocks, by hand."""
+    encoder = _encoder()
+    with torch.no_grad():
+        x = (_images(_data()[0]) - encoder.mean) / encoder.std
+        third = encoder.network[:3](x)
+        maps = (third, encoder.network[3](third))
+        features = torch.cat([p for m in maps for p in (m.mean((2, 3)), m.amax((2, 3)))], 1)
+    outcome = _finetune(encoder, dataclasses.replace(CONFIG, pooling="avg_max", blocks=2))
+    mean_D, deviation_D = feature_statistics(features.numpy(), TRAIN)
+    assert outcome.state is not None
+    torch.testing.assert_close(outcome.state["mean_D"], mean_D)
+    torch.testing.assert_close(outcome.state["deviation_D"], deviation_D)
 
 
 @pytest.mark.parametrize("head", ["linear", "csra"])

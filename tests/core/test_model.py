@@ -13,10 +13,16 @@ import pytest
 import torch
 from PIL import Image
 
+from core.config import TrialConfig
 from core.encoders import Encoder, build_encoder
 from core.errors import InputError
+from core.features import encode
 from core.heads import build_head
+from core.inputs import HeadInputs
 from core.model import load_model, read_manifest, save_model
+from core.pictures import decode_square, open_picture
+from core.pooling import POOLINGS
+from core.probe import train_probes
 
 CLASSES = ("Action", "N/A", "Sci-Fi")
 SIZE = 48
@@ -90,6 +96,46 @@ def test_probabilities_are_those_of_plain_numpy(tmp_path: Path, pixels: Encoder)
     assert classifier.class_names == CLASSES
     assert classifier.thresholds == (0.3, 0.4, 0.5)
     assert classifier.metadata == {"seed": 1}
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_pooled_features_of_several_stages_are_served_as_they_were_trained_on(
+    tmp_path: Path, convolutions: Encoder, pooling: str, blocks: int
+) -> None:
+    """The head is trained on features encoded for the cache; the saved model starts from files."""
+    pictures = [picture(seed) for seed in range(6)]
+    squares = np.stack([decode_square(open_picture(data), SIZE) for data in pictures])
+    features = encode(convolutions, squares, pooling=pooling, blocks=blocks)
+    targets_NC = torch.eye(len(CLASSES)).repeat(2, 1)
+    rows = np.arange(6)
+    config = TrialConfig(backbone="squeezenet1_1", pooling=pooling, blocks=blocks, lr=0.01)
+    (outcome,) = train_probes(
+        features.numpy(), targets_NC, [(rows, rows)], [config], keep_state=True
+    )
+    inputs = HeadInputs(features.numpy(), norm="standardize", train_rows=rows, device="cpu")
+    head = build_head("linear", num_features=features.shape[1], num_classes=len(CLASSES))
+    head.load_state_dict(outcome.state)
+    values = parts(convolutions) | {"head": head, "pooling": pooling, "blocks": blocks}
+    save_model(
+        tmp_path / "model",
+        **values,
+        feature_mean_D=inputs.mean_D,
+        feature_std_D=inputs.deviation_D,
+    )
+    with torch.no_grad():
+        expected = torch.sigmoid(head(inputs.batch(rows)))
+    served = load_model(tmp_path / "model").predict(pictures)
+    np.testing.assert_allclose(served, expected.numpy(), atol=1e-4)
+    assert served.std(0).min() > 0.01  # it has learnt to tell the pictures apart
+
+
+def test_a_model_saved_before_there_were_blocks_still_loads(
+    saved: Path, tmp_path: Path, pixels: Encoder
+) -> None:
+    expected = load_model(saved).predict([picture(1)])
+    edit(saved, lambda manifest: manifest.pop("blocks"))
+    np.testing.assert_array_equal(load_model(saved).predict([picture(1)]), expected)
 
 
 @pytest.mark.parametrize("pooling", ["avg", "max"])
@@ -245,6 +291,8 @@ def flip_last_byte(path: Path) -> None:
         (lambda f: (f / "model.json").write_text("[]"), "format_version is None"),
         (lambda f: edit(f, lambda m: m.update(format_version=99)), "format_version is 99"),
         (lambda f: edit(f, lambda m: m.pop("pooling")), "pooling missing"),
+        (lambda f: edit(f, lambda m: m.update(pooling="x")), "unknown pooling 'x'"),
+        (lambda f: edit(f, lambda m: m.update(blocks=3)), "ffn has no stages"),
         (lambda f: edit(f, lambda m: m["head"].update(kind="x")), "unknown head 'x'"),
         (lambda f: edit(f, lambda m: m["class_names"].pop()), r"head\.safetensors: does not fit"),
         (lambda f: edit(f, lambda m: m["files"].update({"../x": "0"})), "missing from the saved"),
@@ -261,5 +309,5 @@ def test_a_damaged_model_is_refused_by_file(
 
 
 def test_the_manifest_names_everything_that_prediction_needs(saved: Path) -> None:
-    keys = "format format_version class_names thresholds calibration pooling input_size encoder"
-    assert set(read_manifest(saved)) == {*keys.split(), "head", "metadata", "files"}
+    keys = "format format_version class_names thresholds calibration pooling blocks input_size"
+    assert set(read_manifest(saved)) == {*keys.split(), "encoder", "head", "metadata", "files"}

@@ -23,6 +23,7 @@ from core.metrics import topk_recall
 from core.probe import METRICS, train_probes
 from core.report import Metrics, Outcome, Status
 from core.stack import HeadStack, head_settings
+from core.views import BY_NAME, VIEWS
 
 N, D, P, C = 150, 8, 4, 5
 TRAIN, VALIDATION = np.arange(100, dtype=np.int64), np.arange(100, N, dtype=np.int64)
@@ -73,6 +74,16 @@ def _variants(config: TrialConfig = FEW, count: int = 5) -> list[TrialConfig]:
         {"feature_norm": "none", "optimizer": "rmsprop", "epochs": 2},
     ]
     return [dataclasses.replace(config, **change) for change in changes[:count]]
+
+
+def _further_views(features: np.ndarray) -> dict[str, np.ndarray]:
+    """Every further view there is: the features with noise of its own."""
+    names = [name for name in BY_NAME if name != "plain"]
+    rngs = [np.random.default_rng(100 + place) for place, _ in enumerate(names)]
+    return {
+        name: (features + rng.normal(0, 1, features.shape)).astype(features.dtype)
+        for name, rng in zip(names, rngs, strict=True)
+    }
 
 
 def _assert_same_curve(first: Sequence[Metrics], second: Sequence[Metrics]) -> None:
@@ -331,6 +342,90 @@ def test_company_does_not_change_a_trial(head: str) -> None:
     (alone,) = _train([config], keep_state=True)
     _assert_same(_train([*others, config], keep_state=True)[-1], alone, exactly=False)
     _assert_same(_train([config, *others[::-1]], keep_state=True)[0], alone, exactly=False)
+
+
+@pytest.mark.parametrize("views", ["flip", "flip_crop"])
+@pytest.mark.parametrize("head", ["linear", "mlp", "csra"])
+def test_a_stack_with_views_equals_heads_alone_on_the_same_batches(head: str, views: str) -> None:
+    """torch.optim on batches in which each picture has the view that the order's seed draws;
+    statistics and evaluation are of the plain view."""
+    sizes = {"hidden_sizes": (6,)} if head == "mlp" else {}
+    configs = [
+        dataclasses.replace(FEW, head=head, views=views, seed=seed, lr=0.02 * (1 + seed), **sizes)
+        for seed in range(3)
+    ]
+    features, targets_NC = _data(spatial=head == "csra")
+    further = _further_views(features)
+    outcomes = train_probes(
+        features, targets_NC, HOLD_OUT, configs, further_views=further, order_seed=6
+    )
+    mean_D, deviation_D = feature_statistics(features, TRAIN)
+    seen = [features, *(further[view.name] for view in VIEWS[views][1:])]
+    x_VND = (torch.from_numpy(np.stack(seen)).float() - mean_D) / deviation_D
+    if head == "csra":
+        x_VND = x_VND.transpose(2, 3).unflatten(3, (2, 2))
+    loss_of = torch.nn.BCEWithLogitsLoss()
+    for config, outcome in zip(configs, outcomes, strict=True):
+        module = build_head(num_features=D, num_classes=C, **head_settings(config))
+        optimizer = torch.optim.AdamW(module.parameters(), lr=config.lr, weight_decay=0.0)
+        drawn = []
+        for epoch, metrics in enumerate(outcome.curve, 1):
+            chance = np.random.default_rng([6, epoch])
+            order = chance.permutation(TRAIN)
+            chosen = chance.integers(len(seen), size=len(order))
+            drawn.append(chosen[np.argsort(order)])
+            total = 0.0
+            for start in range(0, len(order), 32):
+                rows, places = order[start : start + 32], chosen[start : start + 32]
+                loss = loss_of(module(x_VND[places, rows]), targets_NC[rows])
+                total += loss.item() * len(rows)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            with torch.no_grad():
+                logits_NC = module(x_VND[0, VALIDATION])
+            assert metrics["train_loss"] == pytest.approx(total / len(TRAIN), rel=1e-4)
+            expected = float(loss_of(logits_NC, targets_NC[VALIDATION]))
+            assert metrics["validation_loss"] == pytest.approx(expected, rel=1e-4)
+        assert set(np.concatenate(drawn)) == set(range(len(seen)))
+        assert not np.array_equal(drawn[0], drawn[1])  # another view in another epoch
+
+
+def test_trials_of_several_views_in_one_call_are_each_as_alone() -> None:
+    """Whoever else is there, and whichever further matrices lie ready."""
+    features, targets_NC = _data()
+    further = _further_views(features)
+    configs = [
+        dataclasses.replace(FEW, views=views, seed=seed)
+        for seed in (0, 1)
+        for views in ("flip_crop", "plain", "flip")
+    ]
+    together = train_probes(features, targets_NC, HOLD_OUT, configs, further_views=further)
+    for config, outcome in zip(configs, together, strict=True):
+        needed = {view.name: further[view.name] for view in VIEWS[config.views][1:]}
+        (alone,) = train_probes(
+            features, targets_NC, HOLD_OUT, [config], further_views=dict(reversed(needed.items()))
+        )
+        _assert_same(outcome, alone, exactly=False)
+    _assert_same(together[1], _train([configs[1]])[0], exactly=False)
+    assert len({outcome.curve[0]["train_loss"] for outcome in together}) == len(configs)
+
+
+def test_views_with_folds_and_a_view_that_is_not_there() -> None:
+    features, targets_NC = _data()
+    further = _further_views(features)
+    config = dataclasses.replace(FEW, views="flip")
+    folds = [HOLD_OUT[0], (VALIDATION, TRAIN)]
+    (both,) = train_probes(features, targets_NC, folds, [config], further_views=further)
+    apart = [
+        train_probes(features, targets_NC, [fold], [config], further_views=further)[0]
+        for fold in folds
+    ]
+    for epoch, metrics in enumerate(both.curve):
+        means = {n: np.mean([single.curve[epoch][n] for single in apart]) for n in NAMES}
+        assert metrics == pytest.approx(means)
+    with pytest.raises(ValueError, match="mirrored"):
+        train_probes(features, targets_NC, HOLD_OUT, [config])
 
 
 def test_a_small_memory_makes_more_stacks_and_the_same_outcomes(

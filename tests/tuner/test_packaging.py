@@ -27,6 +27,7 @@ from core.encoders import build_encoder
 from core.errors import InputError
 from core.heads import build_head
 from core.model import load_model, save_model
+from core.pooling import num_pooled_features
 from tuner import packaging
 from tuner.packaging import build_model, log_model, pip_requirements, prediction_files
 
@@ -46,15 +47,18 @@ def text(seed: int) -> str:
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With all that pooling can be: average and maximum of the last two stages."""
     folder = tmp_path_factory.mktemp("saved") / "model"
     encoder = build_encoder("squeezenet1_1", weights="none", input_size=48)
+    num_features = num_pooled_features(encoder, pooling="avg_max", blocks=2)
     save_model(
         folder,
         encoder=encoder,
-        head=build_head("linear", num_features=encoder.num_features, num_classes=3, seed=1),
+        head=build_head("linear", num_features=num_features, num_classes=3, seed=1),
         head_spec={"kind": "linear"},
         class_names=CLASSES,
-        pooling="avg",
+        pooling="avg_max",
+        blocks=2,
         thresholds=[0.2, 0.3, 0.4],
         input_size=48,
     )

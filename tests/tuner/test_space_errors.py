@@ -74,6 +74,12 @@ PARAMETERS: list[tuple[str, str]] = [
         "head: [linear, csra]\n  pooling: [avg, max]",
         "pooling is searched where head is csra, which does not read it",
     ),
+    ("blocks: 5", "line 3, parameters.blocks: 1 <= blocks <= 4 must hold, but got blocks=5"),
+    (
+        "blocks: [1, 2]",
+        "line 3, parameters.blocks: ffn has no stages that can be read, so blocks = 1 must hold",
+    ),
+    ("views: [plain, turned]", "unknown views 'turned'\n  valid: flip, flip_crop, plain"),
     (
         "head: {choice: [linear, mlp], when: {loss: bce}}\n"
         "  loss: {choice: [bce, focal], when: {head: linear}}",
@@ -129,6 +135,15 @@ FILES: list[tuple[str, str]] = [
     (
         "mode: finetune\nparameters:\n  backbone: [resnet18, onnx/a.onnx]",
         "line 3, parameters.backbone: onnx/a.onnx can only be probed",
+    ),
+    (
+        "parameters:\n  backbone: resnet18\n  head: [linear, csra]\n  blocks: {low: 1, high: 3}",
+        "line 4, parameters.blocks: blocks is searched where head is csra, which does not read it",
+    ),
+    (
+        "mode: finetune\nparameters:\n  backbone: resnet18\n  views: [plain, flip]",
+        "line 4, parameters.views: views is not read by fine-tuning\n"
+        "  leave it out; horizontal_flip",
     ),
 ]
 
