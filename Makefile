@@ -104,11 +104,11 @@ schema: setup ## write search_spaces/schema.json anew from the code
 
 # ---- use ----------------------------------------------------------------------------------------
 
-demo: setup .demo/posters ## draw posters and run a real study on them, offline
-	$(BIN)/tuner search demo --data .demo/posters --weights none $(if $(SEED),--seed $(SEED))
+demo: setup .demo/drawn-posters ## draw posters and run a real study on them, offline
+	$(BIN)/tuner search demo --data .demo/drawn-posters --weights none $(if $(SEED),--seed $(SEED))
 
-.demo/posters: | setup
-	$(BIN)/tuner data synth .demo/posters --images 600
+.demo/drawn-posters: | setup
+	$(BIN)/tuner data synth .demo/drawn-posters --images 600
 
 # ---- checks -------------------------------------------------------------------------------------
 

@@ -62,7 +62,7 @@ def fetch(name: str, folder: Path, source: str | None) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 
-    from core.fetch import fetch_posters
+    from core.fetch import PUBLIC_COUNTS, fetch_posters
 
     console = Console()
     with Progress(BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=console) as bar:
@@ -72,5 +72,16 @@ def fetch(name: str, folder: Path, source: str | None) -> None:
             bar.update(task, completed=done, total=total)
 
         arguments = {} if source is None else {"source": source}
-        fetch_posters(folder, progress=show, **arguments)
-    console.print(f"the posters are in {folder}; next: tuner data check --data {folder}")
+        counts = fetch_posters(folder, progress=show, **arguments)
+    console.print(
+        f"{counts.num_images:,} pictures and {counts.num_rows:,} rows of {counts.num_classes} "
+        f"classes are in {folder}",
+        highlight=False,
+    )
+    if counts != PUBLIC_COUNTS:
+        console.print(
+            f"[yellow]this is not the whole public set[/], which has "
+            f"{PUBLIC_COUNTS.num_images:,} pictures and {PUBLIC_COUNTS.num_rows:,} rows",
+            highlight=False,
+        )
+    console.print(f"next: tuner data check --data {folder}", highlight=False)
