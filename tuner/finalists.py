@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,10 @@ import numpy as np
 
 from core.config import TrialConfig
 from core.errors import InputError
-from core.report import Outcome, keep_going
+from core.report import Metrics, Outcome
 from core.views import PLAIN
 
+from .channel import ChannelHandle
 from .cohort import open_matrix, train_cohort
 from .context import Context, FeatureRequest, build_backbone, request_of
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from core.encoders import Encoder
 
+MAILBOX = "finalists"
 SEED_OFFSET = 500_000_003
 """Between a trial's own seed and those of its repetitions."""
 SERVED_PICTURES = 8
@@ -91,14 +93,19 @@ class Winner:
     """The saved model."""
 
 
-def crown(context: Context, candidates: Sequence[Candidate], num_seeds: int) -> Winner:
-    """Repeat the candidates, choose, score once on test, and save the winner's model."""
+def crown(
+    context: Context, candidates: Sequence[Candidate], num_seeds: int, channel: ChannelHandle
+) -> Winner:
+    """Repeat the candidates, choose, score once on test, and save the winner's model.
+
+    Delivers (epochs done, epochs to do) of the repetitions through the channel.
+    """
     if candidates[0].config.mode == "finetune":
         best = max(candidates, key=lambda c: c.value)
         finalists = [Finalist(number=best.number, value=best.value, values=(best.value,))]
         model = _finetuned_model(context, best)
     else:
-        finalists, model = _repeat_probes(context, candidates, num_seeds)
+        finalists, model = _repeat_probes(context, candidates, num_seeds, channel)
     best = next(c for c in candidates if c.number == finalists[0].number)
     return _score_and_save(context, best, tuple(finalists), model)
 
@@ -117,12 +124,19 @@ class _Model:
 
 
 def _repeat_probes(
-    context: Context, candidates: Sequence[Candidate], num_seeds: int
+    context: Context, candidates: Sequence[Candidate], num_seeds: int, channel: ChannelHandle
 ) -> tuple[list[Finalist], _Model]:
     groups: dict[FeatureRequest, list[Candidate]] = defaultdict(list)
     for candidate in candidates:
         groups[request_of(candidate.config)].append(candidate)
     runs: dict[int, list[tuple[TrialConfig, Outcome]]] = {}
+    total = sum(max(m.config.epochs for m in members) for members in groups.values())
+    done = 0
+
+    def report(epoch: int, metrics: Mapping[int, Metrics]) -> Collection[int]:
+        channel.deliver(MAILBOX, (done + epoch, total))
+        return ()
+
     for members in groups.values():
         configs = [
             dataclasses.replace(member.config, seed=member.config.seed + SEED_OFFSET * (1 + repeat))
@@ -134,12 +148,13 @@ def _repeat_probes(
             configs,
             numbers=[member.number for member in members for _ in range(num_seeds)],
             features=members[0].features,
-            report=keep_going,
+            report=report,
             keep_state=True,
         )
         pairs = list(zip(configs, outcomes, strict=True))
         for place, member in enumerate(members):
             runs[member.number] = pairs[place * num_seeds : (place + 1) * num_seeds]
+        done += max(member.config.epochs for member in members)
     finalists = [
         Finalist(number=c.number, value=c.value, values=_values(runs[c.number]))
         for c in candidates

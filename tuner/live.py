@@ -175,7 +175,7 @@ def settings_line(settings: Mapping[str, Any]) -> str:
     parts: list[str] = []
     for name in SHOWN_SETTINGS:
         text = setting_text(settings.get(name))
-        if not text:
+        if not text or (name == "unfrozen_stages" and text == "0"):
             continue
         if name == "hidden_sizes" and parts:
             parts[-1] += f" {text}"

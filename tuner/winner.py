@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +14,13 @@ from core.errors import InputError
 from core.report import Status
 from core.shards import write_json
 
+from .channel import start_channel
 from .cluster import Workers
 from .context import Context, FeatureRequest, request_of, view_folders
-from .finalists import Candidate, Winner, crown
+from .finalists import MAILBOX, Candidate, Winner, crown
 from .searcher import trial_seed
 from .space import SearchSpace
+from .steps import showing_steps
 from .study import Study, TrialRecord, trial_records
 from .tracking import Tracker
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 NUM_FINALISTS = 5
 NUM_SEEDS = 3
 ALIAS = "challenger"
+POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +58,6 @@ def crown_and_register(
 
     Raises InputError if no trial was completed.
     """
-    import ray
-
     trials = tuple(trial_records(study.optuna(), space))
     candidates = best_candidates(trials, features, study.record.seed)
     if not candidates:
@@ -65,16 +66,31 @@ def crown_and_register(
             where=f"study {study.record.name}",
             hint=f"see why: tuner trials {study.record.name}",
         )
-    with console.status(
-        f"training the best {len(candidates)} again over {NUM_SEEDS} seeds, scoring on test"
-    ):
-        job: Any = ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus)(crown)
-        winner: Winner = ray.get(job.remote(context, candidates, NUM_SEEDS))
+    winner = _crown(context, workers, candidates, console)
     write_json(study.folder / "winner.json", dataclasses.asdict(winner))
     with console.status("logging and registering the model"):
         version = _register(study, winner, tracker)
     uri = f"models:/{study.record.model}@{ALIAS}"
     return Result(winner=winner, trials=trials, model_uri=uri, version=version)
+
+
+def _crown(
+    context: Context, workers: Workers, candidates: Sequence[Candidate], console: Console
+) -> Winner:
+    import ray
+
+    channel = start_channel()
+    job: Any = ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus)(crown)
+    running = job.remote(context, candidates, NUM_SEEDS, channel)
+    step = f"best {len(candidates)} again, {NUM_SEEDS} seeds"
+    with showing_steps(console) as steps:
+        while True:
+            ready, _ = ray.wait([running], timeout=POLL_SECONDS)
+            for done, total in channel.collect(MAILBOX):
+                steps(f"{step}: epoch", done, total)
+            if ready:
+                winner: Winner = ray.get(running)
+                return winner
 
 
 def best_candidates(
