@@ -24,6 +24,7 @@ TREE_FOLDERS = ("core", "tuner", "search_spaces")
 """Folders of which the README shows every file."""
 TOP_LEVEL = {
     ".ci",
+    ".github",
     ".gitignore",
     ".pre-commit-config.yaml",
     "CHANGELOG.md",
