@@ -22,6 +22,7 @@ import numpy as np
 from core.backbones import find_backbone
 from core.errors import InputError
 from core.shards import SHARD_ROWS, USE_FILE, hold, in_use, remove
+from core.views import PLAIN
 
 from .context import FeatureRequest
 from .steps import duration
@@ -67,7 +68,14 @@ class Store:
         size = f"{self.spec.get('input_size', '?')} px"
         if self.kind == "pixels":
             return f"decoded pictures, {size}"
-        return f"{self.spec.get('backbone', '?')} ({self.spec.get('pooling', '?')}), {size}"
+        blocks = self.spec.get("blocks", 1)
+        details = [
+            str(self.spec.get("pooling", "?")),
+            *([f"{blocks} blocks"] if blocks > 1 else []),
+        ]
+        if self.spec.get("view", PLAIN.name) != PLAIN.name:
+            details.append(self.spec["view"])
+        return f"{self.spec.get('backbone', '?')} ({', '.join(details)}), {size}"
 
     @property
     def age(self) -> str:

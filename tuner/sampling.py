@@ -145,17 +145,23 @@ def check_options(
 
 def _tpe(options: TpeOptions, space: SearchSpace, seed: int) -> optuna.samplers.BaseSampler:
     """Tree-structured Parzen estimators (Bergstra et al. 2011). `group`: a joint model for each
-    set of parameters that occur together; `constant_liar`: a cohort's trials keep apart."""
+    set of parameters that occur together; `constant_liar`: a cohort's trials keep apart. Of a
+    long study it sees a part: `bounded`."""
     from optuna.samplers import TPESampler
 
-    return TPESampler(
-        multivariate=True,
-        group=True,
-        constant_liar=True,
-        n_startup_trials=options.startup_trials,
-        n_ei_candidates=options.candidates,
-        seed=seed,
-    )
+    from .bounded import BoundedSampler
+
+    def build(seed: int) -> optuna.samplers.BaseSampler:
+        return TPESampler(
+            multivariate=True,
+            group=True,
+            constant_liar=True,
+            n_startup_trials=options.startup_trials,
+            n_ei_candidates=options.candidates,
+            seed=seed,
+        )
+
+    return BoundedSampler(build, seed=seed)
 
 
 def _random(options: Options, space: SearchSpace, seed: int) -> optuna.samplers.BaseSampler:

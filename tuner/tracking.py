@@ -10,6 +10,7 @@ complete from pruned, and REASON says why.
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 import time
@@ -290,6 +291,9 @@ class Tracker:
 def quiet_mlflow() -> None:
     """MLflow's own messages off the screen; its warnings stay. (It sets its level on import.)"""
     import mlflow  # noqa: F401
+
+    # With a server it would print two lines a run, and ask the server for each of them.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
     for name in ("mlflow", "mlflow.store.db.utils", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)

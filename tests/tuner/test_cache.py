@@ -119,6 +119,13 @@ def test_stores_are_listed_with_what_the_disk_gave(tuner: Command, cache: Path) 
     assert "3 days ago" in text
 
 
+def test_a_label_says_what_sets_features_apart(tuner: Command, cache: Path) -> None:
+    folder = _store(cache, "a")
+    spec = json.loads((folder / "spec.json").read_text()) | {"blocks": 3, "view": "flip"}
+    (folder / "spec.json").write_text(json.dumps(spec))
+    assert "ffn (avg, 3 blocks, flip), 48 px" in tuner("cache", "ls").out
+
+
 def test_a_damaged_store_is_listed_and_can_be_removed(tuner: Command, cache: Path) -> None:
     folder = _store(cache, "broken")
     (folder / "spec.json").write_text("{")

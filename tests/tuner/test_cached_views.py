@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ from tuner.context import (
     view_requests,
 )
 from tuner.extraction import ensure_features
-from tuner.finalists import Candidate, crown
+from tuner.finalists import MAILBOX, Candidate, crown
 from tuner.plan import feature_requests
 from tuner.space_file import parse_space
 from tuner.winner import best_candidates
@@ -56,6 +57,17 @@ CONFIG = TrialConfig(
 
 
 @pytest.fixture(autouse=True, scope="module")
+class _Channel:
+    """Keeps what a job delivers."""
+
+    def __init__(self) -> None:
+        self.delivered: list[Any] = []
+
+    def deliver(self, mailbox: str, item: Any) -> None:
+        assert mailbox == MAILBOX
+        self.delivered.append(item)
+
+
 def _one_thread() -> Iterator[None]:
     """Threads cost more than they give at these sizes, above all on a busy machine."""
     before = torch.get_num_threads()
@@ -215,7 +227,9 @@ def test_the_winner_is_served_as_it_was_trained(
         )
         for number, config in enumerate([CONFIG, dataclasses.replace(CONFIG, views="plain")])
     ]
-    winner = crown(context, candidates, 2)
+    channel = _Channel()
+    winner = crown(context, candidates, 2, channel)
+    assert channel.delivered[-1][0] == channel.delivered[-1][1]
     assert [len(f.values) for f in winner.finalists] == [2, 2]
     model = load_model(Path(winner.folder))
     rows = context.split.test[:4]
@@ -251,7 +265,7 @@ def test_a_fine_tuned_model_of_several_stages_is_served(context: Context, encode
     candidate = Candidate(
         number=7, config=config, value=outcome.best_value or 0.0, features=folders
     )
-    assert crown(context, [candidate], 1).validation == outcome.best_value
+    assert crown(context, [candidate], 1, _Channel()).validation == outcome.best_value
 
 
 def test_too_many_blocks_are_said_when_the_backbone_is_built(context: Context) -> None:

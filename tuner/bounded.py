@@ -1,0 +1,148 @@
+"""A sampler that looks at a bounded part of a long study.
+
+Optuna's TPE goes through every trial for every group of parameters each time it is asked:
+measured on the shipped space `probe`, 48 ms a trial at 250 trials and 310 ms at 1,000. Of its two
+densities, the one of good trials rests on the best 25 alone, and the other is a sum of thousands
+of kernels that a fair part shows as well. So a sampler of any kind is shown, in a small study of
+its own, the best trials and an even selection of the rest. Only Optuna's public interface is used.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+
+NUM_BEST = 25
+"""TPE's good trials are a tenth of all, and at most 25: they are always among those shown."""
+NUM_SHOWN = 250
+"""Trials shown: with fewer, a tenth would be less than 25."""
+_ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+class BoundedSampler(BaseSampler):
+    """Samples as `build(seed)` would that knew NUM_SHOWN trials of the study.
+
+    Args:
+        build: makes the sampler from a seed; called again whenever trials have ended, as what is
+            shown changes then.
+        seed: the same seed and the same study propose the same trials.
+        num_shown: trials shown at most, besides those that run.
+    """
+
+    def __init__(
+        self, build: Callable[[int], BaseSampler], *, seed: int, num_shown: int = NUM_SHOWN
+    ) -> None:
+        self._build = build
+        self._seed = seed
+        self._num_shown = num_shown
+        self._num_ended = -1
+        self._shown: optuna.Study | None = None
+        self._twins: dict[int, Trial] = {}
+        """By number in the real study: the same trial in the small one."""
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self._twins[trial.number] = self._small_study(study).ask()
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        return {}  # The small study's sampler has a relative space of its own.
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        if trial.number not in self._twins:  # of an earlier session
+            self.before_trial(study, trial)
+        return _suggest(self._twins[trial.number], param_name, param_distribution)
+
+    def _small_study(self, study: optuna.Study) -> optuna.Study:
+        ended = study.get_trials(deepcopy=False, states=_ENDED)
+        if self._shown is None or len(ended) != self._num_ended:
+            self._num_ended = len(ended)
+            running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            numbers = {trial.number for trial in running}
+            self._twins = {n: twin for n, twin in self._twins.items() if n in numbers}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                sampler = self._build(self._seed + self._num_ended)
+            self._shown = optuna.create_study(direction=study.direction, sampler=sampler)
+            self._shown.add_trials(selection(ended, study, self._num_shown))
+            self._shown.add_trials([_copy(trial) for trial in running if trial.params])
+        return self._shown
+
+
+def selection(
+    ended: Sequence[FrozenTrial], study: optuna.Study, num_shown: int
+) -> list[FrozenTrial]:
+    """The best trials and an even selection of the others, in order of number.
+
+    Complete trials come before pruned ones, and those by how far they came, as TPE ranks them.
+    """
+    if len(ended) <= num_shown:
+        return list(ended)
+    sign = -1 if study.direction.name == "MAXIMIZE" else 1
+    ranked = sorted(ended, key=lambda trial: _rank(trial, sign))
+    best, rest = ranked[:NUM_BEST], sorted(ranked[NUM_BEST:], key=lambda trial: trial.number)
+    num_others = num_shown - len(best)
+    others = [rest[(i + 1) * len(rest) // num_others - 1] for i in range(num_others)]
+    return sorted([*best, *others], key=lambda trial: trial.number)
+
+
+def _rank(trial: FrozenTrial, sign: int) -> tuple[float, float, float]:
+    if trial.state == TrialState.COMPLETE:
+        assert trial.value is not None
+        return (0, 0, sign * trial.value)
+    if not trial.intermediate_values:
+        return (2, 0, 0)
+    step = max(trial.intermediate_values)
+    return (1, -step, sign * trial.intermediate_values[step])
+
+
+def _copy(trial: FrozenTrial) -> FrozenTrial:
+    """A running trial as the small study can take it: what it set so far."""
+    return create_trial(
+        state=TrialState.RUNNING, params=trial.params, distributions=trial.distributions
+    )
+
+
+def _suggest(twin: Trial, name: str, distribution: BaseDistribution) -> Any:
+    match distribution:
+        case CategoricalDistribution():
+            return twin.suggest_categorical(name, distribution.choices)
+        case IntDistribution():
+            return twin.suggest_int(
+                name,
+                distribution.low,
+                distribution.high,
+                step=distribution.step,
+                log=distribution.log,
+            )
+        case FloatDistribution():
+            return twin.suggest_float(
+                name,
+                distribution.low,
+                distribution.high,
+                step=distribution.step,
+                log=distribution.log,
+            )
+    raise TypeError(f"no such distribution is known: {distribution}")
