@@ -56,7 +56,6 @@ CONFIG = TrialConfig(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
 class _Channel:
     """Keeps what a job delivers."""
 
@@ -68,6 +67,7 @@ class _Channel:
         self.delivered.append(item)
 
 
+@pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
     """Threads cost more than they give at these sizes, above all on a busy machine."""
     before = torch.get_num_threads()
