@@ -112,7 +112,7 @@ demo: setup .demo/drawn-posters ## draw posters and run a real study on them, of
 
 # ---- checks -------------------------------------------------------------------------------------
 
-# Under 12 minutes whatever happens: no test starts after 600 s, and none goes on for over 110 s.
+# Under 12 minutes whatever happens: no test starts after 600 s, and few go on for over 110 s.
 test: setup ## run the quick tests (under 12 minutes)
 	$(BIN)/python -m pytest -m "not slow and not gpu and not browser" \
 	  --timeout=110 --session-timeout=600 $(PYTEST_FLAGS)

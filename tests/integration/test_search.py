@@ -226,7 +226,9 @@ def test_the_same_seed_gives_the_same_study_and_no_feature_twice(
     assert winners[0]["evaluation"] == winners[1]["evaluation"]
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_study_is_taken_up(
     place: Workplace, finished: str, how: signal.Signals
 ) -> None:
@@ -259,6 +261,7 @@ def test_an_interrupted_study_is_taken_up(
     assert sorted(lines) == list(range(60))
 
 
+@pytest.mark.slow
 def test_trials_are_added_to_a_finished_study(place: Workplace, finished: str) -> None:
     place.run(*place.search("grown", "--trials", "6"))
     place.run("resume", "grown", "--trials", "9")
