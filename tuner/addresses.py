@@ -31,6 +31,8 @@ Found = TypeVar("Found")
 
 ANSWER_SECONDS = 8
 """With the time that it takes to start, a person hears within 15 s."""
+SOCKET_SECONDS = 2 * ANSWER_SECONDS
+"""A socket's own limit, for the thread left behind; longer, so that one message is given."""
 MEMORY = ":memory:"
 _HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 """RFC 9113: the preface and an empty SETTINGS frame; a server's first frame is SETTINGS, too."""
@@ -152,7 +154,7 @@ def _ask_health(uri: str) -> None:
     url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
     try:
         with urllib.request.urlopen(
-            f"{url.rstrip('/')}/health", timeout=ANSWER_SECONDS, context=context
+            f"{url.rstrip('/')}/health", timeout=SOCKET_SECONDS, context=context
         ):
             return
     except urllib.error.HTTPError as error:
@@ -173,7 +175,7 @@ def _sqlite_file(database: str | None, where: str) -> bool:
 
 
 def _greet(address: tuple[str, int]) -> None:
-    with socket.create_connection(address, timeout=ANSWER_SECONDS) as connection:
+    with socket.create_connection(address, timeout=SOCKET_SECONDS) as connection:
         if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
             return  # Only with Ray's certificates would it say more.
         connection.sendall(_HTTP2_GREETING)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import optuna
-from common import Bench, benchmark, console, resident_mib, show, verdict
+from measuring import Bench, benchmark, console, resident_mib, show, verdict
 
 from core.report import Outcome, Status
 from tuner.outcomes import OutcomeLog

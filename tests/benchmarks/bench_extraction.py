@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Bench, benchmark, console, poster_table, show, verdict, weights_at_hand
+from measuring import Bench, benchmark, console, poster_table, show, verdict, weights_at_hand
 
 from core.encoders import Encoder, build_encoder
 from core.errors import InputError

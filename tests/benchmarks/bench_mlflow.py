@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from common import (
+from measuring import (
     Bench,
     benchmark,
     console,

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import ours
-from common import NUM_IMAGES, Bench, benchmark, console, show, verdict
+from measuring import NUM_IMAGES, Bench, benchmark, console, show, verdict
 
 from tuner.cluster import cluster
 

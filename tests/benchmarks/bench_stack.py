@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import (
+from measuring import (
     NUM_CLASSES,
     NUM_IMAGES,
     Bench,

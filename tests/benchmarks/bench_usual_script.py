@@ -15,7 +15,7 @@ import numpy as np
 import ours
 import torch
 import usual
-from common import Bench, benchmark, console, poster_table, show, verdict, weights_at_hand
+from measuring import Bench, benchmark, console, poster_table, show, verdict, weights_at_hand
 
 from core.config import TrialConfig
 from core.intervals import bootstrap_interval

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Bench, random_features, random_targets, split_rows, weights_at_hand
+from measuring import Bench, random_features, random_targets, split_rows, weights_at_hand
 from rich.console import Console
 
 from core.precision import inference_precision
