@@ -112,7 +112,9 @@ def check_with_progress(table: Table, *, skip_bad: bool, console: Console) -> Ch
     if checked.problems:
         console.print(f"[yellow]{len(checked.problems)} damaged pictures are left out:[/]")
         for problem in checked.problems[:SHOWN_PROBLEMS]:
-            console.print(f"  {problem.path}: {problem.reason}", highlight=False, markup=False)
+            console.print(
+                f"  {problem.path}: {problem.reason}", highlight=False, markup=False, soft_wrap=True
+            )
         if len(checked.problems) > SHOWN_PROBLEMS:
             console.print(f"  and {len(checked.problems) - SHOWN_PROBLEMS} more")
     return checked
