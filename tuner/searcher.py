@@ -116,8 +116,6 @@ class CohortSearcher(Searcher):
         unfinished: Sequence[optuna.Trial] = (),
     ) -> None:
         super().__init__()
-        self.stopped = False
-        """Set to start no more cohorts."""
         self._study = study
         self._space = space
         self._budget = budget
@@ -158,8 +156,8 @@ class CohortSearcher(Searcher):
         """The next cohort as a Tune config; None to be asked again; FINISHED when all is done."""
         while not self._queue and self._may_ask():
             self._ask_round()
-        if self.stopped or not self._queue:
-            return Searcher.FINISHED if self.stopped or not self._running else None
+        if not self._queue:
+            return None if self._running else Searcher.FINISHED
         cohort = self._queue.popleft()
         self._running[trial_id] = cohort
         for member in cohort.members:
@@ -225,8 +223,8 @@ class CohortSearcher(Searcher):
     # ---- rounds ---------------------------------------------------------------------------
 
     def _may_ask(self) -> bool:
-        if self.stopped or self._unfinished:
-            return not self.stopped
+        if self._unfinished:
+            return True
         in_time = self._budget.deadline is None or time.time() < self._budget.deadline
         return in_time and self._asked < self._budget.trials
 

@@ -93,11 +93,6 @@ class Study:
     def split_path(self) -> Path:
         return self.folder / "split.json"
 
-    @property
-    def model_folder(self) -> Path:
-        """The winner's saved model."""
-        return self.folder / "model"
-
     def space(self) -> SearchSpace:
         from .space_file import parse_space
 
