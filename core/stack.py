@@ -20,7 +20,7 @@ from torch import Tensor
 from .config import TrialConfig
 from .heads import HEADS, attend, build_head
 from .losses import LOSSES, class_weights
-from .optimizers import OPTIMIZERS, Settings
+from .optimizers import OPTIMIZERS, Optimizer, Settings
 from .schedules import rate_factors
 
 CPU_CHUNK = 1 << 17
@@ -94,9 +94,11 @@ class HeadStack:
         num_slots = max(OPTIMIZERS[c.optimizer].num_slots for c in members)
         self.slots = [[torch.zeros_like(p) for p in self.params] for _ in range(num_slots)]
         self.best = [p.detach().clone() for p in self.params]
+        self._gradient = torch.empty_like(self.params[0], requires_grad=False)
         self.step_number = 0
         self._rates_HT = self._schedule(members, steps_per_epoch)
         self._settings = self._setting_tensors(members)
+        self._numbers = [_optimizer_numbers(c) for c in members]
         self._any_smoothing = any(c.label_smoothing > 0 for c in members)
         self._class_weights_HC = self._class_weight_tensor(members, train_targets_NC)
         self._dropouts = [
@@ -120,7 +122,9 @@ class HeadStack:
         Features are [B, D], or [B, P, D] for csra. Returns the losses before the update [H],
         detached, on the device.
         """
-        logits_BHC = self.logits(features, training=True)
+        logits_BHC = self._forward(
+            self.params, self._settings, features, training=True, gradient=self._gradient
+        )
         losses_H = self.losses(logits_BHC, targets_BC).mean(0)
         grads = torch.autograd.grad(losses_H.sum(), self.params)
         self._update(grads)
@@ -128,23 +132,29 @@ class HeadStack:
 
     def logits(self, features: Tensor, *, training: bool = False) -> Tensor:
         """Logits [B, H, C] of every head with its present weights; features as for `step`."""
-        return self._forward(self.params, self._settings, features, training)
+        return self._forward(self.params, self._settings, features, training=training)
 
     @torch.no_grad()
     def best_logits(self, features: Tensor, places: Sequence[int]) -> Tensor:
         """Logits [B, h, C] of the heads at these stack places with their remembered weights."""
         index = torch.tensor(list(places), device=self.device)
         settings = {key: value[index] for key, value in self._settings.items()}
-        return self._forward([b[index] for b in self.best], settings, features, False)
+        return self._forward([b[index] for b in self.best], settings, features)
 
     def _forward(
-        self, params: Sequence[Tensor], settings: Settings, features: Tensor, training: bool
+        self,
+        params: Sequence[Tensor],
+        settings: Settings,
+        features: Tensor,
+        *,
+        training: bool = False,
+        gradient: Tensor | None = None,
     ) -> Tensor:
         layers = list(zip(params[::2], params[1::2], strict=True))
         if HEADS[self.configs[0].head].spatial:
-            return _csra_logits(layers[0], settings, features)
+            return _csra_logits(layers[0], settings, features, gradient)
         dropping = training and self.configs[0].dropout > 0
-        return _layered_logits(layers, features, self._drop if dropping else None)
+        return _layered_logits(layers, features, self._drop if dropping else None, gradient)
 
     def _drop(self, x: Tensor) -> Tensor:
         """Inverted dropout with each head's own generator: [B, K] shared or [H, B, K] to the
@@ -185,18 +195,48 @@ class HeadStack:
         for name, run in self._runs("optimizer"):
             optimizer = OPTIMIZERS[name]
             for p, (param, grad) in enumerate(zip(self.params, grads, strict=True)):
-                is_weight = p % 2 == 0
-                for heads, outputs in self._chunks(run, param):
-                    shape = (-1, *[1] * (param.dim() - 1))
-                    settings = {
-                        key: self._settings[key][heads].view(shape) for key in optimizer.parameters
-                    }
-                    settings["lr"] = lr_H[heads].view(shape)
-                    decay = self._settings["weight_decay"][heads].view(shape)
-                    settings["weight_decay"] = decay if is_weight else torch.zeros_like(decay)
-                    part = (heads, outputs)
-                    slots = [slot[p][part] for slot in self.slots[: optimizer.num_slots]]
-                    optimizer.update(param[part], grad[part], slots, self.step_number, settings)
+                slots = [slot[p] for slot in self.slots[: optimizer.num_slots]]
+                if p % 2 == 0 and optimizer.fused is not None and self.device.type == "cpu":
+                    self._update_fused(optimizer, run, param, grad, slots, lr_H.tolist())
+                else:
+                    self._update_stacked(optimizer, run, param, grad, slots, lr_H, p % 2 == 0)
+
+    def _update_fused(
+        self,
+        optimizer: Optimizer,
+        run: slice,
+        param: Tensor,
+        grad: Tensor,
+        slots: Sequence[Tensor],
+        rates: Sequence[float],
+    ) -> None:
+        """Head by head: one pass over each one's weights instead of one an operation."""
+        assert optimizer.fused is not None
+        parts = zip(*(t[run].unbind() for t in (param, grad, *slots)), strict=True)
+        for head, (weights, gradient, *own) in enumerate(parts, run.start):
+            numbers = {**self._numbers[head], "lr": rates[head]}
+            optimizer.fused(weights, gradient, own, self.step_number, numbers)
+
+    def _update_stacked(
+        self,
+        optimizer: Optimizer,
+        run: slice,
+        param: Tensor,
+        grad: Tensor,
+        slots: Sequence[Tensor],
+        lr_H: Tensor,
+        decaying: bool,
+    ) -> None:
+        """All heads of a run at once, in parts that fit a CPU's cache."""
+        shape = (-1, *[1] * (param.dim() - 1))
+        for part in self._chunks(run, param):
+            heads = part[0]
+            settings = {key: self._settings[key][heads].view(shape) for key in optimizer.parameters}
+            settings["lr"] = lr_H[heads].view(shape)
+            decay = self._settings["weight_decay"][heads].view(shape)
+            settings["weight_decay"] = decay if decaying else torch.zeros_like(decay)
+            own = [slot[part] for slot in slots]
+            optimizer.update(param[part], grad[part], own, self.step_number, settings)
 
     def _chunks(self, run: slice, param: Tensor) -> Iterator[tuple[slice, slice]]:
         """Parts of a run of heads, and of their layer's outputs where one head is too big."""
@@ -247,6 +287,8 @@ class HeadStack:
         self.best = [b[index] for b in self.best]
         self._rates_HT = self._rates_HT[index]
         self._settings = {k: v[index] for k, v in self._settings.items()}
+        self._numbers = [self._numbers[i] for i in places]
+        self._gradient = self._gradient[: len(places)]
         if self._class_weights_HC is not None:
             self._class_weights_HC = self._class_weights_HC[index]
 
@@ -292,10 +334,43 @@ class HeadStack:
         return torch.stack([ones_C if row is None else row for row in rows]).to(self.device)
 
 
+class _SharedProduct(torch.autograd.Function):
+    """The first layer of all heads, which read the same features, as one product [B, H * K].
+
+    The gradient of the weights is written where it was the step before (`gradient_HKD`): fresh
+    memory for it costs a page fault every 4 KiB.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, features_BD: Tensor, weight_HKD: Tensor, bias_HK: Tensor, gradient_HKD: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(features_BD)
+        ctx.gradient = gradient_HKD
+        return F.linear(features_BD, weight_HKD.flatten(0, 1), bias_HK.flatten())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_BF,) = grads
+        (features_BD,) = ctx.saved_tensors
+        torch.mm(grad_BF.t(), features_BD, out=ctx.gradient.flatten(0, 1))
+        return None, ctx.gradient, grad_BF.sum(0).view(ctx.gradient.shape[:2]), None
+
+
+def _shared_product(
+    features_BD: Tensor, weight_HKD: Tensor, bias_HK: Tensor, gradient: Tensor | None
+) -> Tensor:
+    if gradient is None:
+        return F.linear(features_BD, weight_HKD.flatten(0, 1), bias_HK.flatten())
+    product: Tensor = _SharedProduct.apply(features_BD, weight_HKD, bias_HK, gradient)
+    return product
+
+
 def _layered_logits(
     layers: Sequence[tuple[Tensor, Tensor]],
     features_BD: Tensor,
     drop: Callable[[Tensor], Tensor] | None,
+    gradient: Tensor | None,
 ) -> Tensor:
     x_HBK: Tensor | None = None
     for weight_HKD, bias_HK in layers:
@@ -304,8 +379,7 @@ def _layered_logits(
         if drop is not None:
             x_HBK = drop(features_BD if x_HBK is None else x_HBK)
         if x_HBK is None:
-            # All heads read the same features: one product for the whole stack.
-            flat = F.linear(features_BD, weight_HKD.flatten(0, 1), bias_HK.flatten())
+            flat = _shared_product(features_BD, weight_HKD, bias_HK, gradient)
             x_HBK = flat.view(len(features_BD), len(bias_HK), -1).transpose(0, 1)
         else:
             # Weights on the left: their gradient comes out in their own memory order, and the
@@ -316,13 +390,23 @@ def _layered_logits(
     return x_HBK.transpose(0, 1)
 
 
-def _csra_logits(layer: tuple[Tensor, Tensor], settings: Settings, features_BPD: Tensor) -> Tensor:
+def _csra_logits(
+    layer: tuple[Tensor, Tensor],
+    settings: Settings,
+    features_BPD: Tensor,
+    gradient: Tensor | None,
+) -> Tensor:
     weight_HCD, bias_HC = layer
-    scores = F.linear(features_BPD, weight_HCD.flatten(0, 1), bias_HC.flatten())
+    scores = _shared_product(features_BPD.flatten(0, 1), weight_HCD, bias_HC, gradient)
     scores_BPHC = scores.view(*features_BPD.shape[:2], *bias_HC.shape)
     temperature = settings["csra_temperature"].view(1, 1, -1, 1)
     attention = settings["csra_lambda"].view(1, -1, 1)
     return scores_BPHC.mean(1) + attention * attend(scores_BPHC, temperature, dim=1)
+
+
+def _optimizer_numbers(config: TrialConfig) -> dict[str, float]:
+    keys = ("weight_decay", *OPTIMIZERS[config.optimizer].parameters)
+    return {key: float(getattr(config, key)) for key in keys}
 
 
 def head_settings(config: TrialConfig) -> dict[str, Any]:
