@@ -1,7 +1,9 @@
 """Training heads on the features of a frozen backbone, many at a time.
 
 Trials whose heads share shape, batch size, views and feature scaling form one stack; all stacks of
-the call advance epoch by epoch together, so that the report sees every trial at the same age. A
+the call advance epoch by epoch together, so that the report sees every trial at the same age. On a
+CPU the heads are cut into as many stacks as there are threads, one each: threads that share one
+stack's small operations wait for each other more than they work. A
 trial's value is its best epoch's validation objective, and the weights kept are that epoch's.
 With several folds a trial has one head a fold, and its metrics are means over the folds.
 N pictures, H heads, C classes.
@@ -11,7 +13,12 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +27,7 @@ from torch import Tensor
 from .config import TrialConfig
 from .inputs import FloatMatrix, HeadInputs, Rows
 from .metrics import f1, macro_recall, mean_average_precision, topk_recall
+from .precision import FLOAT32
 from .report import CohortReport, Metrics, Outcome, Status, keep_going
 from .stack import HeadStack, bytes_of_head, structure
 from .views import PLAIN, VIEWS
@@ -31,6 +39,10 @@ METRICS: dict[str, Callable[..., Tensor]] = {
 """Objectives: (scores [H, N, C], targets [N, C], allow_nan) -> [H]; higher is better."""
 STACK_BYTES = 2 << 30
 """Memory of one stack; more heads than fit form several."""
+PART_HEADS = 4
+"""Fewer heads than this are not cut into parts: a stack's own cost would outweigh the threads'."""
+
+T = TypeVar("T")
 
 
 def train_probes(
@@ -44,7 +56,9 @@ def train_probes(
     report: CohortReport = keep_going,
     order_seed: int = 0,
     device: torch.device | str = "cpu",
+    precision: str = FLOAT32,
     keep_state: bool = False,
+    last_epoch: int | None = None,
 ) -> list[Outcome]:
     """Train the head of every config on cached features and return what each came to.
 
@@ -58,35 +72,73 @@ def train_probes(
         objective: which validation metric is the trial's value; see METRICS.
         report: hears every epoch of all running trials, says which stop.
         order_seed: seeds the order of batches, which trials share.
+        precision: in which heads are trained; they are judged in float32. See `core.precision`.
         keep_state: return the first fold's best weights with each outcome.
+        last_epoch: end every trial after this epoch of its schedule, and keep that epoch's value
+            and weights whatever validation says: for rows that it can say nothing about.
     """
-    groups = _group(
-        features, further_views or {}, targets_NC, folds, configs, objective, order_seed, device
+    task = _Task(
+        targets_NC=targets_NC,
+        folds=folds,
+        objective=objective,
+        order_seed=order_seed,
+        precision=precision,
+        last_epoch=last_epoch,
     )
+    groups = _group(features, further_views or {}, configs, task, device)
     epoch = 0
-    while any(group.running for group in groups):
-        epoch += 1
-        latest: dict[int, Metrics] = {}
-        for group in groups:
-            latest |= group.train_epoch(epoch)
-        stops = frozenset(report(epoch, latest)) if latest else frozenset()
-        for group in groups:
-            group.let_leave(epoch, stops, keep_state)
+    with _side_by_side(groups, device) as each:
+        while any(group.running for group in groups):
+            epoch += 1
+            latest: dict[int, Metrics] = {}
+            for news in each(partial(_Group.train_epoch, epoch=epoch)):
+                latest |= news
+            stops = frozenset(report(epoch, latest)) if latest else frozenset()
+            each(partial(_Group.let_leave, epoch=epoch, stops=stops, keep_state=keep_state))
     outcomes = {place: outcome for group in groups for place, outcome in group.outcomes.items()}
     return [outcomes[place] for place in range(len(configs))]
+
+
+@contextmanager
+def _side_by_side(
+    groups: Sequence[_Group], device: torch.device | str
+) -> Iterator[Callable[[Callable[[_Group], T]], list[T]]]:
+    """Yields a function that applies another one to every group: on a CPU in threads of one core
+    each. How long a call takes is what the slowest of them takes."""
+    num_threads = torch.get_num_threads()
+    if torch.device(device).type != "cpu" or min(num_threads, len(groups)) < 2:
+        yield lambda function: [function(group) for group in groups]
+        return
+    torch.set_num_threads(1)  # Of each thread; torch knows no other way to say it.
+    try:
+        with ThreadPoolExecutor(num_threads) as threads:
+            yield lambda function: list(threads.map(function, groups))
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """What all groups of a call share: see `train_probes`."""
+
+    targets_NC: Tensor
+    folds: Sequence[tuple[Rows, Rows]]
+    objective: str
+    order_seed: int
+    precision: str
+    last_epoch: int | None
 
 
 def _group(
     features: FloatMatrix,
     further_views: Mapping[str, FloatMatrix],
-    targets_NC: Tensor,
-    folds: Sequence[tuple[Rows, Rows]],
     configs: Sequence[TrialConfig],
-    objective: str,
-    order_seed: int,
+    task: _Task,
     device: torch.device | str,
 ) -> list[_Group]:
-    """Configs that can share a stack, in order of first appearance, each within STACK_BYTES."""
+    """Configs that can share a stack, in order of first appearance, each within STACK_BYTES, and
+    in parts for the threads of a CPU."""
+    num_parts = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
     by_key: dict[object, list[int]] = defaultdict(list)
     for place, config in enumerate(configs):
         key = (structure(config), config.batch_size, config.feature_norm, config.views)
@@ -105,7 +157,7 @@ def _group(
                     device=device,
                     further_views=list(further_views.values()),
                 )
-                for train, _ in folds
+                for train, _ in task.folds
             ]
         scaled = inputs[first.feature_norm]
         size = sum(
@@ -113,16 +165,16 @@ def _group(
                 first,
                 num_features=features.shape[-1],
                 num_places=scaled[0].num_places,
-                num_classes=targets_NC.shape[1],
+                num_classes=task.targets_NC.shape[1],
                 num_evaluated=len(validation),
             )
-            for _, validation in folds
+            for _, validation in task.folds
         )
         views = [view_names.index(view.name) for view in VIEWS[first.views]]
-        count = max(1, STACK_BYTES // size)
+        count = max(1, min(STACK_BYTES // size, max(PART_HEADS, -(-len(places) // num_parts))))
         for start in range(0, len(places), count):
             part = {p: configs[p] for p in places[start : start + count]}
-            groups.append(_Group(part, scaled, views, targets_NC, folds, objective, order_seed))
+            groups.append(_Group(part, scaled, views, task))
     return groups
 
 
@@ -134,25 +186,18 @@ class _Group:
         configs: dict[int, TrialConfig],
         inputs: Sequence[HeadInputs],
         views: Sequence[int],
-        targets_NC: Tensor,
-        folds: Sequence[tuple[Rows, Rows]],
-        objective: str,
-        order_seed: int,
+        task: _Task,
     ) -> None:
-        first = next(iter(configs.values()))
         self.configs = configs
-        self.batch_size = first.batch_size
-        self.views = np.array(views)
-        self.objective = objective
-        self.order_seed = order_seed
+        self.task = task
         self.curves: dict[int, list[dict[str, float]]] = {place: [] for place in configs}
         self.best: dict[int, tuple[float, int]] = {}
         self.seconds: dict[int, float] = dict.fromkeys(configs, 0.0)
         self.diverged: dict[int, str] = {}
         self.outcomes: dict[int, Outcome] = {}
         self.folds = [
-            _Fold(list(configs.values()), fold_inputs, targets_NC, train, validation, self)
-            for fold_inputs, (train, validation) in zip(inputs, folds, strict=True)
+            _Fold(list(configs.values()), fold_inputs, train, validation, np.array(views), task)
+            for fold_inputs, (train, validation) in zip(inputs, task.folds, strict=True)
         ]
         self._places = list(configs)
 
@@ -184,8 +229,9 @@ class _Group:
                 continue
             self.curves[place].append(metrics)
             latest[place] = metrics
-            value = metrics[f"validation_{self.objective}"]
-            if place not in self.best or value > self.best[place][0]:
+            value = metrics[f"validation_{self.task.objective}"]
+            newest = self.task.last_epoch is not None
+            if newest or place not in self.best or value > self.best[place][0]:
                 self.best[place] = (value, epoch)
                 improved.append(stack_place)
         for fold in self.folds:
@@ -198,7 +244,7 @@ class _Group:
         for stack_place, place in enumerate(self.running):
             if place in self.diverged:
                 self._end(place, Status.FAILED, self.diverged[place])
-            elif epoch >= self.configs[place].epochs:
+            elif epoch in (self.configs[place].epochs, self.task.last_epoch):
                 complete.append((stack_place, place))
             elif place in stops:
                 self._end(place, Status.PRUNED, f"pruned at epoch {epoch}")
@@ -248,28 +294,29 @@ class _Fold:
         self,
         configs: Sequence[TrialConfig],
         inputs: HeadInputs,
-        targets_NC: Tensor,
         train: Rows,
         validation: Rows,
-        group: _Group,
+        views: Rows,
+        task: _Task,
     ) -> None:
         self.inputs = inputs
-        self.targets_NC = targets_NC.to(inputs.device)
+        self.targets_NC = task.targets_NC.to(inputs.device)
         self.train = train
         self.validation = validation
-        self.batch_size = group.batch_size
-        self.objective = group.objective
-        self.order_seed = group.order_seed
-        self.views = group.views
+        self.views = views
+        self.batch_size = configs[0].batch_size
+        self.objective = task.objective
+        self.order_seed = task.order_seed
         # As many training as validation rows, spread evenly: a training accuracy at little cost.
         step = max(1, len(train) // len(validation))
         self.train_sample = train[::step][: len(validation)]
         self.stack = HeadStack(
             configs,
             num_features=inputs.num_features,
-            train_targets_NC=targets_NC[torch.from_numpy(train)],
+            train_targets_NC=task.targets_NC[torch.from_numpy(train)],
             steps_per_epoch=-(-len(train) // self.batch_size),
             device=inputs.device,
+            precision=task.precision,
         )
 
     def train_epoch(self, epoch: int) -> dict[str, list[float]]:

@@ -10,18 +10,19 @@ C classes, T steps.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .config import TrialConfig
-from .heads import HEADS, attend, build_head
+from .heads import HEADS, build_head
 from .losses import LOSSES, class_weights
 from .optimizers import OPTIMIZERS, Optimizer, Settings
+from .precision import FLOAT32, autocast
 from .schedules import rate_factors
+from .stack_layers import csra_logits, layered_logits, masks
 
 CPU_CHUNK = 1 << 17
 """Weights updated at a time on a CPU, so that the passes of an update stay in its cache."""
@@ -62,6 +63,8 @@ class HeadStack:
         train_targets_NC: 0/1 targets of the training split, for class weights.
         steps_per_epoch: batches in one pass, for schedules.
         device: where the stack lives.
+        precision: of the products of a step, forward and backward (`core.precision`). Weights,
+            losses, updates and everything that is evaluated are float32.
     """
 
     def __init__(
@@ -72,11 +75,13 @@ class HeadStack:
         train_targets_NC: Tensor,
         steps_per_epoch: int,
         device: torch.device | str = "cpu",
+        precision: str = FLOAT32,
     ) -> None:
         if len({structure(c) for c in configs}) != 1:
             raise ValueError("heads of one stack must have one structure")
         self.configs = list(configs)
         self.device = torch.device(device)
+        self.precision = precision
         num_classes = train_targets_NC.shape[1]
         # Runs of equal loss, then equal optimizer, let each be computed on one slice.
         self.members = sorted(
@@ -101,10 +106,7 @@ class HeadStack:
         self._numbers = [_optimizer_numbers(c) for c in members]
         self._any_smoothing = any(c.label_smoothing > 0 for c in members)
         self._class_weights_HC = self._class_weight_tensor(members, train_targets_NC)
-        self._dropouts = [
-            torch.Generator(self.device).manual_seed(c.seed) if c.dropout > 0 else None
-            for c in members
-        ]
+        self._chances = [masks(c.seed, self.device) if c.dropout > 0 else None for c in members]
 
     def __len__(self) -> int:
         return len(self.members)
@@ -122,9 +124,11 @@ class HeadStack:
         Features are [B, D], or [B, P, D] for csra. Returns the losses before the update [H],
         detached, on the device.
         """
-        logits_BHC = self._forward(
-            self.params, self._settings, features, training=True, gradient=self._gradient
-        )
+        with autocast(self.device, self.precision):
+            logits_BHC = self._forward(
+                self.params, self._settings, features, training=True, gradient=self._gradient
+            )
+        logits_BHC = logits_BHC.float()
         losses_H = self.losses(logits_BHC, targets_BC).mean(0)
         grads = torch.autograd.grad(losses_H.sum(), self.params)
         self._update(grads)
@@ -152,21 +156,21 @@ class HeadStack:
     ) -> Tensor:
         layers = list(zip(params[::2], params[1::2], strict=True))
         if HEADS[self.configs[0].head].spatial:
-            return _csra_logits(layers[0], settings, features, gradient)
+            return csra_logits(layers[0], settings, features, gradient)
         dropping = training and self.configs[0].dropout > 0
-        return _layered_logits(layers, features, self._drop if dropping else None, gradient)
+        return layered_logits(layers, features, self._drop if dropping else None, gradient)
 
     def _drop(self, x: Tensor) -> Tensor:
         """Inverted dropout with each head's own generator: [B, K] shared or [H, B, K] to the
         latter."""
-        dropped = []
-        for i, generator in enumerate(self._dropouts):
-            assert generator is not None
-            x_BK = x if x.dim() == 2 else x[i]
-            keep = 1 - self.member_configs[i].dropout
-            mask_BK = torch.rand(x_BK.shape, generator=generator, device=x.device) < keep
-            dropped.append(x_BK * mask_BK / keep)
-        return torch.stack(dropped)
+        masks_HBK = torch.empty(len(self), *x.shape[-2:], device=self.device)
+        for mask_BK, chance, config in zip(
+            masks_HBK, self._chances, self.member_configs, strict=True
+        ):
+            assert chance is not None
+            keep = 1 - config.dropout
+            torch.mul(chance(mask_BK.shape, keep), 1 / keep, out=mask_BK)
+        return x * masks_HBK.to(x.dtype)
 
     def losses(self, logits_BHC: Tensor, targets_BC: Tensor) -> Tensor:
         """The loss of each picture for each head [B, H]."""
@@ -281,7 +285,7 @@ class HeadStack:
         """Let all heads leave but those at these stack places (ascending)."""
         index = torch.tensor(list(places), dtype=torch.long, device=self.device)
         self.members = [self.members[i] for i in places]
-        self._dropouts = [self._dropouts[i] for i in places]
+        self._chances = [self._chances[i] for i in places]
         self.params = [p.detach()[index].requires_grad_() for p in self.params]
         self.slots = [[s[index] for s in slot] for slot in self.slots]
         self.best = [b[index] for b in self.best]
@@ -332,76 +336,6 @@ class HeadStack:
         ones_C = torch.ones(targets_NC.shape[1])
         rows = [class_weights(c.class_weights, targets_NC.cpu()) for c in members]
         return torch.stack([ones_C if row is None else row for row in rows]).to(self.device)
-
-
-class _SharedProduct(torch.autograd.Function):
-    """The first layer of all heads, which read the same features, as one product [B, H * K].
-
-    The gradient of the weights is written where it was the step before (`gradient_HKD`): fresh
-    memory for it costs a page fault every 4 KiB.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, features_BD: Tensor, weight_HKD: Tensor, bias_HK: Tensor, gradient_HKD: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(features_BD)
-        ctx.gradient = gradient_HKD
-        return F.linear(features_BD, weight_HKD.flatten(0, 1), bias_HK.flatten())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_BF,) = grads
-        (features_BD,) = ctx.saved_tensors
-        torch.mm(grad_BF.t(), features_BD, out=ctx.gradient.flatten(0, 1))
-        return None, ctx.gradient, grad_BF.sum(0).view(ctx.gradient.shape[:2]), None
-
-
-def _shared_product(
-    features_BD: Tensor, weight_HKD: Tensor, bias_HK: Tensor, gradient: Tensor | None
-) -> Tensor:
-    if gradient is None:
-        return F.linear(features_BD, weight_HKD.flatten(0, 1), bias_HK.flatten())
-    product: Tensor = _SharedProduct.apply(features_BD, weight_HKD, bias_HK, gradient)
-    return product
-
-
-def _layered_logits(
-    layers: Sequence[tuple[Tensor, Tensor]],
-    features_BD: Tensor,
-    drop: Callable[[Tensor], Tensor] | None,
-    gradient: Tensor | None,
-) -> Tensor:
-    x_HBK: Tensor | None = None
-    for weight_HKD, bias_HK in layers:
-        if x_HBK is not None:
-            x_HBK = torch.relu(x_HBK)
-        if drop is not None:
-            x_HBK = drop(features_BD if x_HBK is None else x_HBK)
-        if x_HBK is None:
-            flat = _shared_product(features_BD, weight_HKD, bias_HK, gradient)
-            x_HBK = flat.view(len(features_BD), len(bias_HK), -1).transpose(0, 1)
-        else:
-            # Weights on the left: their gradient comes out in their own memory order, and the
-            # update need not stride through it.
-            x_HKB = torch.baddbmm(bias_HK.unsqueeze(2), weight_HKD, x_HBK.transpose(1, 2))
-            x_HBK = x_HKB.transpose(1, 2)
-    assert x_HBK is not None
-    return x_HBK.transpose(0, 1)
-
-
-def _csra_logits(
-    layer: tuple[Tensor, Tensor],
-    settings: Settings,
-    features_BPD: Tensor,
-    gradient: Tensor | None,
-) -> Tensor:
-    weight_HCD, bias_HC = layer
-    scores = _shared_product(features_BPD.flatten(0, 1), weight_HCD, bias_HC, gradient)
-    scores_BPHC = scores.view(*features_BPD.shape[:2], *bias_HC.shape)
-    temperature = settings["csra_temperature"].view(1, 1, -1, 1)
-    attention = settings["csra_lambda"].view(1, -1, 1)
-    return scores_BPHC.mean(1) + attention * attend(scores_BPHC, temperature, dim=1)
 
 
 def _optimizer_numbers(config: TrialConfig) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,15 @@ def posters_dir() -> Path:
 def weights_dir() -> Path:
     """A folder of pretrained weights, from WEIGHTS_DIR."""
     return _folder_from("WEIGHTS_DIR")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: such small pictures gain nothing from more, and lose much where cores
+    are shared."""
+    import torch
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)

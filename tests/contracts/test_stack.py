@@ -6,6 +6,7 @@ optimizer, the same batches. N pictures, D features, P places, C classes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 
@@ -18,6 +19,7 @@ from core.config import TrialConfig
 from core.heads import HEADS, build_head
 from core.losses import LOSSES, class_weights
 from core.optimizers import OPTIMIZERS
+from core.precision import BFLOAT16
 from core.schedules import SCHEDULES, rate_factors
 from core.stack import HeadStack, head_settings
 
@@ -63,8 +65,11 @@ def _batches(epochs: int) -> list[Tensor]:
     ]
 
 
-def _train_alone(config: TrialConfig) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses before each step and final weights of one head, by torch.optim."""
+def _train_alone(
+    config: TrialConfig, products: contextlib.AbstractContextManager[None] | None = None
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses before each step and final weights of one head, by torch.optim; `products` is the
+    context of its forward passes."""
     spatial = HEADS[config.head].spatial
     features, targets_NC = _data(spatial)
     head = build_head(num_features=D, num_classes=C, **head_settings(config))
@@ -87,8 +92,10 @@ def _train_alone(config: TrialConfig) -> tuple[list[float], dict[str, Tensor]]:
         x = features[rows]
         if spatial:  # the module reads maps [N, D, h, w]
             x = x.transpose(1, 2).unflatten(2, (2, 2))
+        with products or contextlib.nullcontext():
+            logits = head(x).float()
         value = loss.function(
-            head(x),
+            logits,
             targets_NC[rows],
             label_smoothing=config.label_smoothing,
             class_weights_C=class_weights(config.class_weights, targets_NC),
@@ -226,6 +233,28 @@ def test_leaving_heads_do_not_touch_the_others(head: str) -> None:
     for member in stays:
         for name, weight in ends[1][member].items():
             torch.testing.assert_close(weight, ends[0][member][name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_in_bfloat16_a_stacked_head_equals_a_head_alone_under_autocast(
+    head: str, optimizer: str
+) -> None:
+    """Losses of the first steps; then roundings of either kind have grown into each other."""
+    config = TrialConfig(
+        backbone="ffn", epochs=1, optimizer=optimizer, **HEAD_SETTINGS[head],
+        **{**OPTIMIZER_SETTINGS[optimizer][-1], "lr": 0.01},
+    )  # fmt: skip
+    features, targets_NC = _data(HEADS[head].spatial)
+    stack = HeadStack(
+        [config, dataclasses.replace(config, seed=1)], num_features=D,
+        train_targets_NC=targets_NC, steps_per_epoch=-(-N // BATCH), precision=BFLOAT16,
+    )  # fmt: skip
+    losses = [stack.step(features[rows], targets_NC[rows])[0].item() for rows in _batches(1)]
+    alone, _ = _train_alone(config, torch.autocast("cpu", torch.bfloat16))
+    assert losses == pytest.approx(alone, rel=0.01)
+    exact, _ = _train_alone(config)
+    assert losses != pytest.approx(exact, rel=1e-6)
 
 
 def test_dropout_is_drawn_from_the_heads_own_seed() -> None:

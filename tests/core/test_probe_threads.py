@@ -1,0 +1,128 @@
+"""Heads cut into stacks for the threads of a CPU, and trained in lower precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from core import probe
+from core.config import TrialConfig
+from core.precision import BFLOAT16
+from core.probe import train_probes
+from core.report import Outcome, Status
+
+N, D, C = 240, 16, 6
+HOLD_OUT = [(np.arange(160, dtype=np.int64), np.arange(160, N, dtype=np.int64))]
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def _data() -> tuple[np.ndarray, Tensor]:
+    rng = np.random.default_rng(0)
+    targets = (rng.random((N, C)) < [0.6, 0.5, 0.4, 0.3, 0.3, 0.2]).astype(np.float32)
+    features = targets @ rng.normal(0, 1, (C, D)) + rng.normal(0, 1.5, (N, D))
+    return features.astype(np.float32), torch.from_numpy(targets)
+
+
+def _train(configs: list[TrialConfig], **settings: Any) -> list[Outcome]:
+    features, targets_NC = _data()
+    return train_probes(features, targets_NC, HOLD_OUT, configs, **settings)
+
+
+def _heads(count: int) -> list[TrialConfig]:
+    """Every optimizer, linear heads and MLPs with dropout."""
+    return [
+        TrialConfig(
+            backbone="ffn",
+            epochs=3 + place % 3,
+            batch_size=40,
+            lr=0.02,
+            seed=place,
+            optimizer=("sgd", "adam", "adamw", "rmsprop")[place % 4],
+            loss=("bce", "cross_entropy", "focal", "asymmetric")[place // 4 % 4],
+            **({"head": "mlp", "hidden_sizes": (9,), "dropout": 0.3} if place % 2 else {}),
+        )
+        for place in range(count)
+    ]
+
+
+def _alone(configs: list[TrialConfig], monkeypatch: pytest.MonkeyPatch) -> list[Outcome]:
+    """The same heads in one stack of each shape."""
+    with monkeypatch.context() as patch:
+        patch.setattr(probe, "PART_HEADS", len(configs))
+        return _train(configs)
+
+
+def test_parts_in_threads_train_what_one_stack_trains(
+    two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = _heads(20)
+    whole = _alone(configs, monkeypatch)
+    stacks: list[int] = []
+    build = probe.HeadStack
+
+    def counting(parts: list[TrialConfig], **settings: Any) -> Any:
+        stacks.append(len(parts))
+        return build(parts, **settings)
+
+    monkeypatch.setattr(probe, "HeadStack", counting)
+    parts = _train(configs)
+    assert stacks == [5, 5, 5, 5]  # of each of two shapes, one a thread
+    for part, one in zip(parts, whole, strict=True):
+        assert part.status is one.status is Status.COMPLETE
+        assert len(part.curve) == len(one.curve)
+        for mine, theirs in zip(part.curve, one.curve, strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
+def test_few_heads_stay_together(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "ThreadPoolExecutor", None)  # would be called with two stacks
+    assert len(_train([TrialConfig(backbone="ffn", epochs=1, seed=s) for s in range(3)])) == 3
+
+
+def test_threads_are_given_back(two_threads: None) -> None:
+    seen: list[int] = []
+
+    def report(epoch: int, metrics: Any) -> tuple[int, ...]:
+        seen.append(torch.get_num_threads())
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return ()
+
+    with pytest.raises(KeyboardInterrupt):
+        _train(_heads(16), report=report)
+    assert seen == [1, 1]
+    assert torch.get_num_threads() == 2
+
+
+def test_the_same_run_twice_is_identical(two_threads: None) -> None:
+    first, second = _train(_heads(16)), _train(_heads(16))
+    assert [o.curve for o in first] == [o.curve for o in second]
+
+
+def test_lower_precision_trains_as_well_but_not_the_same() -> None:
+    """Weights, losses and metrics stay float32: only a step's products are rounded."""
+    configs = _heads(16)
+    exact, rounded = (
+        _train(configs, keep_state=True),
+        _train(configs, precision=BFLOAT16, keep_state=True),
+    )
+    assert [o.curve for o in exact] != [o.curve for o in rounded]
+    for one, other in zip(exact, rounded, strict=True):
+        assert other.state is not None
+        assert {t.dtype for t in other.state.values()} == {torch.float32}
+        assert len(one.curve) == len(other.curve)
+        for mine, theirs in zip(one.curve, other.curve, strict=True):
+            assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=0.03)
+            assert mine["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=0.05)
