@@ -8,10 +8,13 @@ N pictures, D features, P places of a map.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -65,14 +68,16 @@ def describe_features(
     blocks: int = 1,
     view: str = PLAIN.name,
     precision: str = FLOAT32,
+    weights: str | None = None,
 ) -> FeatureSpec:
     """The spec of an encoder's features. Maps are kept in half precision: they are P times the
     size, and the head that reads them averages over places. A backbone that torch does not
-    compute (ONNX, pixels) is float32 whatever `precision` says."""
+    compute (ONNX, pixels) is float32 whatever `precision` says. `weights`: their fingerprint, if
+    it is known."""
     return FeatureSpec(
         pictures=pictures,
         backbone=encoder.backbone.name,
-        weights=weights_fingerprint(encoder),
+        weights=weights_fingerprint(encoder) if weights is None else weights,
         input_size=encoder.backbone.input_size,
         resize=encoder.backbone.resize,
         pooling=pooling,
@@ -119,7 +124,8 @@ def compute_features(
     batch_size: int = BATCH,
     progress: Progress | None = None,
 ) -> None:
-    """Fill some shards of a feature matrix. The next shard's pictures are read meanwhile.
+    """Fill some shards of a feature matrix. While one is computed, the next one's pictures are
+    read in a thread, and the last one's features are written in another.
 
     Args:
         encoder: frozen; moved to `device` and put in evaluation mode.
@@ -135,23 +141,30 @@ def compute_features(
     encoder = encoder.to(device).to(memory_format=torch.channels_last).eval()
     total = sum(store.shard_rows(s).stop - store.shard_rows(s).start for s in shards)
     done = 0
-    for shard, pixels in _read_ahead(shards, pictures_of):
-        parts = []
-        for start in range(0, len(pixels), batch_size):
-            batch = pixels[start : start + batch_size]
-            features = encode(
-                encoder,
-                batch,
-                pooling=pooling,
-                blocks=blocks,
-                precision=precision,
-                device=device,
-            )
-            parts.append(features.cpu())
-            done += len(batch)
-            if progress is not None:
-                progress(done, total)
-        store.write_shard(shard, torch.cat(parts).numpy())
+    size = encoder.backbone.input_size
+    # One place for the floats of all batches: to ask for 19 MB again and again costs the system.
+    images = torch.empty(
+        (batch_size, 3, size, size), device=device, memory_format=torch.channels_last
+    )
+    with _writing_behind(store) as write:
+        for shard, pixels in _read_ahead(shards, pictures_of):
+            values = np.empty((len(pixels), *store.shape[1:]), store.dtype)
+            for start in range(0, len(pixels), batch_size):
+                batch = pixels[start : start + batch_size]
+                features = encode(
+                    encoder,
+                    batch,
+                    pooling=pooling,
+                    blocks=blocks,
+                    precision=precision,
+                    device=device,
+                    out=images[: len(batch)],
+                )
+                values[start : start + len(batch)] = features.cpu().numpy()
+                done += len(batch)
+                if progress is not None:
+                    progress(done, total)
+            write(shard, values)
 
 
 @torch.inference_mode()
@@ -163,9 +176,12 @@ def encode(
     blocks: int = 1,
     precision: str = FLOAT32,
     device: torch.device | str = "cpu",
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Features of uint8 pictures [N, size, size, 3]: float32 [N, D], or [N, P, D] for `map`."""
-    images = torch.from_numpy(pictures_NhwC).to(device).permute(0, 3, 1, 2).float().div_(255)
+    """Features of uint8 pictures [N, size, size, 3]: float32 [N, D], or [N, P, D] for `map`.
+    `out`: takes the pictures as floats [N, 3, size, size] in channels_last; None for a new one."""
+    # Permuted bytes are channels_last already; the division makes floats of them in one pass.
+    images = torch.div(torch.from_numpy(pictures_NhwC).to(device).permute(0, 3, 1, 2), 255, out=out)
     with autocast(device, precision):
         if pooling != MAP:
             return pooled_features(encoder, images, pooling=pooling, blocks=blocks)
@@ -184,3 +200,22 @@ def _read_ahead(
             if place + 1 < len(shards):
                 pending.append(reader.submit(read, shards[place + 1]))
             yield shard, current.result()
+
+
+@contextmanager
+def _writing_behind(
+    store: ShardedMatrix,
+) -> Iterator[Callable[[int, npt.NDArray[np.floating]], None]]:
+    """A `write_shard` that returns at once: checksum and disk take their time in a thread. Only
+    one shard waits; what went wrong with one is raised by the next, or at the end of the block."""
+    pending: list[Future[None]] = []
+
+    def write(shard: int, values: npt.NDArray[np.floating]) -> None:
+        if pending:
+            pending.pop().result()
+        pending.append(writer.submit(store.write_shard, shard, values))
+
+    with ThreadPoolExecutor(1) as writer:
+        yield write
+        if pending:
+            pending.pop().result()

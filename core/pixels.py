@@ -2,6 +2,9 @@
 
 A second backbone of the same input size, and every epoch of fine-tuning, read them from here.
 Kept like features, in shards under a key of picture contents, size and resizing (`core.shards`).
+One store a size, as squares that are scaled again would be other pictures than those that a saved
+model sees. Sizes that are known together are cut from one decoding; one that comes later decodes
+again.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from .shards import ShardedMatrix, content_key
 
 Pictures = npt.NDArray[np.uint8]
 Progress = Callable[[int, int], None]
+Square = tuple[int, str]
+"""Side and resizing: see `core.pictures.decode_square`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +41,10 @@ class PixelSpec:
     def key(self) -> str:
         return content_key(asdict(self))
 
+    @property
+    def square(self) -> Square:
+        return self.input_size, self.resize
+
 
 class PixelStore:
     """All pictures of a table as squares; decodes what is asked for and not there yet.
@@ -44,11 +53,20 @@ class PixelStore:
         cache: root of the cache.
         spec: what the squares are.
         paths: one a row.
+        num_threads: that decode; None for one a core, at most 8.
     """
 
-    def __init__(self, cache: Path, spec: PixelSpec, paths: Sequence[Path]) -> None:
+    def __init__(
+        self,
+        cache: Path,
+        spec: PixelSpec,
+        paths: Sequence[Path],
+        *,
+        num_threads: int | None = None,
+    ) -> None:
         self.spec = spec
         self._paths = paths
+        self._num_threads = num_threads
         self.matrix = ShardedMatrix(
             cache / "pixels" / spec.key,
             spec=asdict(spec),
@@ -57,39 +75,56 @@ class PixelStore:
             dtype="uint8",
         )
 
-    def shard(self, shard: int) -> Pictures:
-        """The pictures of one shard, decoded and kept if they were not yet.
+    def shard(self, shard: int, others: Sequence[PixelStore] = ()) -> Pictures:
+        """The pictures of one shard, decoded and kept if they were not yet, or were damaged.
 
-        Raises InputError for a picture that cannot be read.
+        `others`: stores of further sizes over the same paths. Those that lack the shard, too, get
+        their squares from the same decoding. Raises InputError for a picture that cannot be read.
         """
-        rows = self.matrix.shard_rows(shard)
-        if self.matrix.has(shard):
-            # Copied: the disk is read here, in the thread that reads ahead, and torch asks for
-            # memory that can be written.
-            return np.array(self.matrix.open()[rows])
-        pixels = decode_pictures(
-            self._paths[rows], size=self.spec.input_size, resize=self.spec.resize
+        found: Pictures | None = self.matrix.read_shard(shard)
+        if found is not None:
+            return found
+        stores = [self, *(store for store in others if not store.matrix.has(shard))]
+        squares = decode_pictures(
+            self._paths[self.matrix.shard_rows(shard)],
+            [store.spec.square for store in stores],
+            num_threads=self._num_threads,
         )
-        self.matrix.write_shard(shard, pixels)
-        return pixels
+        for store, pixels in zip(stores, squares, strict=True):
+            store.matrix.write_shard(shard, pixels)
+        return squares[0]
 
-    def fill(self, shards: Sequence[int], progress: Progress | None = None) -> None:
-        """Decode these shards; progress is (pictures done, pictures to do)."""
+    def fill(
+        self,
+        shards: Sequence[int],
+        progress: Progress | None = None,
+        others_of: Callable[[int], Sequence[PixelStore]] = lambda shard: (),
+    ) -> None:
+        """Decode these shards; progress is (pictures done, pictures to do). `others_of`: shard ->
+        `others` of `shard`."""
         sizes = [self.matrix.shard_rows(s).stop - self.matrix.shard_rows(s).start for s in shards]
         for place, shard in enumerate(shards):
-            self.shard(shard)
+            self.shard(shard, others_of(shard))
             if progress is not None:
                 progress(sum(sizes[: place + 1]), sum(sizes))
 
 
-def decode_pictures(paths: Sequence[Path], *, size: int, resize: str) -> Pictures:
-    """Pictures as uint8 squares [n, size, size, 3], decoded in threads.
+def decode_pictures(
+    paths: Sequence[Path], squares: Sequence[Square], *, num_threads: int | None = None
+) -> list[Pictures]:
+    """Pictures as uint8 squares [n, size, size, 3], one array for each of `squares`. Each picture
+    is decoded once, in threads.
 
     Raises InputError for one that cannot be read.
     """
+    arrays = [np.empty((len(paths), size, size, 3), np.uint8) for size, _ in squares]
 
-    def decode(path: Path) -> Pictures:
-        return decode_square(open_picture(path), size, resize=resize)
+    def decode(row: int) -> None:
+        picture = open_picture(paths[row])
+        for (size, resize), pixels in zip(squares, arrays, strict=True):
+            pixels[row] = decode_square(picture, size, resize=resize)
 
-    with ThreadPoolExecutor(default_threads()) as threads:
-        return np.stack(list(threads.map(decode, paths)))
+    with ThreadPoolExecutor(num_threads or default_threads()) as threads:
+        for _ in threads.map(decode, range(len(paths))):
+            pass  # Asked for, so that the first mistake is raised here.
+    return arrays

@@ -8,12 +8,14 @@ folder's name is a hash of what the matrix is (`spec`), so that the same questio
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import secrets
 import shutil
+import socket
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +29,8 @@ from .errors import InputError
 
 SHARD_ROWS = 256
 """Rows of a shard: the most that a kill loses for each worker."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The system's words for: no room for these bytes."""
 USE_FILE = ".use"
 """In a store's folder: locked by those who use it; its time is the store's last use."""
 
@@ -72,17 +76,23 @@ class ShardedMatrix:
             (folder / "shards").mkdir(exist_ok=True)
             write_json(folder / "spec.json", spec)
             self._create()
+            self._start = self._data_offset()
         except OSError as error:
-            raise InputError(
-                f"the cache cannot be written ({error.strerror or error})",
-                where=str(folder),
-                hint="make room, or name another folder with TUNER_HOME",
-            ) from error
+            raise self._not_written(error) from error
 
     @property
     def num_bytes(self) -> int:
         """Size of the matrix when it is full."""
-        return int(np.prod(self.shape)) * self.dtype.itemsize
+        return self.num_rows * self._row_bytes
+
+    def bytes_of(self, shards: Iterable[int]) -> int:
+        """Size of some shards."""
+        rows = (self.shard_rows(shard) for shard in shards)
+        return sum(int(part.stop - part.start) for part in rows) * self._row_bytes
+
+    @property
+    def _row_bytes(self) -> int:
+        return int(np.prod(self.shape[1:])) * int(self.dtype.itemsize)
 
     @property
     def num_shards(self) -> int:
@@ -107,21 +117,45 @@ class ShardedMatrix:
         Raises:
             ValueError: values of another shape.
             FloatingPointError: a value is not finite.
-            OSError: the disk is full.
+            InputError: the disk is full, or the folder cannot be written any more. The shards
+                that are there stay.
         """
         rows = self.shard_rows(shard)
         if values.shape != (rows.stop - rows.start, *self.shape[1:]):
             raise ValueError(f"shard {shard} must be {self.shape[1:]} a row, got {values.shape}")
         values = np.ascontiguousarray(values, dtype=self.dtype)
-        if not np.isfinite(values).all():
+        if self.dtype.kind == "f" and not np.isfinite(values).all():
             raise FloatingPointError(f"shard {shard} of {self.folder} holds values not finite")
-        with self._matrix_path.open("r+b") as file:
+        record = {
+            "rows": [rows.start, rows.stop],
+            "blake2b": _checksum(values.data),
+            "by": f"{socket.gethostname()}:{os.getpid()}",
+        }
+        try:
+            with self._matrix_path.open("r+b") as file:
+                file.seek(self._offset(rows.start))
+                file.write(values.data)
+                file.flush()
+                os.fsync(file.fileno())
+            write_json(self._record(shard), record)
+        except OSError as error:
+            raise self._not_written(error) from error
+
+    def read_shard(self, shard: int) -> npt.NDArray[Any] | None:
+        """A copy of a shard's rows in memory; None if it is not there, or is damaged: then its
+        record is forgotten, too."""
+        if not self.has(shard):
+            return None
+        # Read as a file: a page fault of a memory map would stop all threads of this process.
+        rows = self.shard_rows(shard)
+        values = np.empty((rows.stop - rows.start, *self.shape[1:]), self.dtype)
+        with self._matrix_path.open("rb") as file:
             file.seek(self._offset(rows.start))
-            file.write(values.data)
-            file.flush()
-            os.fsync(file.fileno())
-        record = {"rows": [rows.start, rows.stop], "blake2b": _checksum(values.data)}
-        write_json(self._record(shard), record)
+            num_read = file.readinto(values.data.cast("B"))
+        if num_read < values.nbytes or _checksum(values.data) != self._expected(shard):
+            self._record(shard).unlink(missing_ok=True)
+            return None
+        return values
 
     def verify(self, shards: Iterable[int] | None = None) -> list[int]:
         """Compare finished shards (of those given, or all) with their checksums; forget the
@@ -131,11 +165,8 @@ class ShardedMatrix:
         for shard in range(self.num_shards) if shards is None else shards:
             if not self.has(shard):
                 continue
-            try:
-                expected = json.loads(self._record(shard).read_text())["blake2b"]
-            except (ValueError, KeyError, TypeError):
-                expected = None
-            if _checksum(np.ascontiguousarray(matrix[self.shard_rows(shard)]).data) != expected:
+            rows = np.ascontiguousarray(matrix[self.shard_rows(shard)])
+            if _checksum(rows.data) != self._expected(shard):
                 self._record(shard).unlink(missing_ok=True)
                 damaged.append(shard)
         return damaged
@@ -143,6 +174,27 @@ class ShardedMatrix:
     def open(self) -> npt.NDArray[Any]:
         """The matrix, memory-mapped and read-only: shared by all processes of a machine."""
         return np.lib.format.open_memmap(self._matrix_path, mode="r")
+
+    def _expected(self, shard: int) -> str | None:
+        """The checksum in a shard's record; None if that cannot be read."""
+        try:
+            checksum: str = json.loads(self._record(shard).read_text())["blake2b"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+        return checksum
+
+    def _not_written(self, error: OSError) -> InputError:
+        reason = error.strerror or str(error)
+        if error.errno in FULL:
+            free = shutil.disk_usage(self.folder).free
+            needed = self.bytes_of(self.missing_shards())
+            reason += f": {needed:,} bytes are still needed and {free:,} are free"
+        return InputError(
+            f"the cache cannot be written ({reason})",
+            where=str(self.folder),
+            hint="make room (`tuner cache prune` removes what is not in use), or name another "
+            "folder with TUNER_HOME; what is computed already stays",
+        )
 
     def _record(self, shard: int) -> Path:
         return self.folder / "shards" / f"{shard:06d}.json"
@@ -176,9 +228,13 @@ class ShardedMatrix:
         return matrix.shape == self.shape and matrix.dtype == self.dtype
 
     def _offset(self, row: int) -> int:
+        """Where a row begins in the file."""
+        return self._start + row * self._row_bytes
+
+    def _data_offset(self) -> int:
         matrix = self.open()
         assert isinstance(matrix, np.memmap)
-        return int(matrix.offset) + row * int(np.prod(self.shape[1:])) * self.dtype.itemsize
+        return int(matrix.offset)
 
 
 def hold(folder: Path) -> int:

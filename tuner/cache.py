@@ -174,6 +174,21 @@ def make_room(
     return pruned if pruned.removed or pruned.held else None
 
 
+def check_room(cache: Path, needed: int) -> None:
+    """Before anything is computed: whether the disk has room for all that a study is going to
+    add, in bytes. Raises InputError."""
+    cache.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(cache).free
+    if needed > free:
+        raise InputError(
+            f"decoded pictures and features need {size_text(needed)}, and {size_text(free)} are "
+            f"free: {size_text(needed - free)} are missing",
+            where=str(cache),
+            hint="make room (`tuner cache prune` removes what is not in use), name a folder on a "
+            "larger disk with TUNER_HOME, or take fewer backbones, sizes or views",
+        )
+
+
 @contextmanager
 def holding(folders: Iterable[str | Path]) -> Iterator[None]:
     """Keep stores from being removed while the block runs.

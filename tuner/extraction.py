@@ -1,33 +1,39 @@
 """Features before trials: every backbone of a study sees every view of a picture once, ever.
 
-The work is cut into shards; worker i of n checks and computes the shards whose number leaves i
-when divided by n, so that any number of workers can share it and a killed run goes on where it
-stopped. One worker runs as a plain Ray task, several as Ray Train workers.
+The work is cut into shards, and each worker has a part (`feature_work`), so that any number of
+workers can share it and a killed run goes on where it stopped. One worker runs as a plain Ray
+task, several as Ray Train workers. On several machines every node must see the pictures, the
+weights, the cache and the study's folder under the same paths, on storage with file locks.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 
 from core.errors import InputError
-from core.shards import ShardedMatrix
 
-from .channel import ChannelHandle
-from .context import Context, FeatureRequest, build_backbone, prepare_worker
-
-if TYPE_CHECKING:
-    import torch
-
-    from core.encoders import Encoder
+from .cache import holding
+from .channel import Answer, ChannelHandle
+from .context import Context, FeatureRequest, prepare_worker
 
 MAILBOX = "extraction"
 PROGRESS_SECONDS = 0.3
 POLL_SECONDS = 0.2
+MAX_FAILURES = 3
+"""Deaths of workers after which extraction gives up; each costs the shards in work."""
+STOP_SECONDS = 60
+"""How long workers may take to end after another one's mistake: they look up between batches."""
+STOP: Answer = (0,)
+"""To a worker: somebody met a mistake, end."""
+HELD: Answer = (1,)
+"""To the worker that told of the matrices: the driver holds them now."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,71 +51,6 @@ class ExtractionProgress:
 Watch = Callable[[ExtractionProgress], None]
 
 
-def ensure_features(
-    context: Context,
-    request: FeatureRequest,
-    encoder: Encoder,
-    *,
-    device: torch.device | str = "cpu",
-    share: tuple[int, int] = (0, 1),
-    progress: Callable[[int, int], None] | None = None,
-) -> ShardedMatrix:
-    """The feature matrix (or decoded pictures) of a request, after checking the shards that are
-    there and computing those that are not. `share` = (i, n): worker i's part of n."""
-    from core.features import (
-        PIXELS,
-        compute_features,
-        describe_features,
-        feature_shape,
-        feature_store,
-    )
-    from core.pixels import Pictures, PixelSpec, PixelStore
-    from core.views import BY_NAME, see
-
-    pixel_spec = PixelSpec(
-        pictures=context.pictures,
-        input_size=encoder.backbone.input_size,
-        resize=encoder.backbone.resize,
-    )
-    pixels = PixelStore(context.cache, pixel_spec, context.table.paths)
-    if request.pooling == PIXELS:
-        pixels.fill(_missing(pixels.matrix, share), progress)
-        return pixels.matrix
-    spec = describe_features(
-        encoder,
-        pictures=context.pictures,
-        pooling=request.pooling,
-        blocks=request.blocks,
-        view=request.view,
-        precision=context.precision,
-    )
-    store = feature_store(
-        context.cache,
-        spec,
-        num_images=context.table.num_images,
-        row_shape=feature_shape(encoder, request.pooling, request.blocks),
-    )
-    view = BY_NAME[request.view]
-
-    def pictures_of(shard: int) -> Pictures:
-        return see(pixels.shard(shard), view)
-
-    shards = _missing(store, share)
-    if shards:
-        compute_features(
-            encoder,
-            store,
-            pooling=request.pooling,
-            blocks=request.blocks,
-            precision=spec.precision,
-            pictures_of=pictures_of,
-            shards=shards,
-            device=device,
-            progress=progress,
-        )
-    return store
-
-
 def extract(
     context: Context,
     requests: Sequence[FeatureRequest],
@@ -119,10 +60,22 @@ def extract(
     cpus_per_worker: float,
     gpus_per_worker: float,
     watch: Watch,
+    holds: ExitStack | None = None,
 ) -> dict[FeatureRequest, str]:
     """Compute what is missing of all requests; returns the folder of each matrix.
 
-    `watch` hears progress. Raises InputError if weights are missing or a picture is damaged.
+    Args:
+        context: the study.
+        requests: what its trials read.
+        channel: a new one.
+        num_workers: that share the work.
+        cpus_per_worker: cores of each.
+        gpus_per_worker: GPUs of each.
+        watch: hears progress.
+        holds: until it is closed, the matrices cannot be pruned; None to leave that open.
+
+    Raises:
+        InputError: weights are missing, a picture is damaged, or the disk has too little room.
     """
     job = {"context": context, "requests": sorted(requests), "channel": channel}
     if num_workers == 1:
@@ -138,12 +91,25 @@ def extract(
             if isinstance(item, ExtractionProgress):
                 watch(item)
             elif isinstance(item, InputError):
+                _stop(running, channel, num_workers)
                 raise item
             else:
                 folders |= item
+                if holds is not None:
+                    holds.enter_context(holding(folders.values()))
+                channel.rule(MAILBOX, 0, HELD)
         if ready:
             ray.get(running)
             return folders
+
+
+def _stop(running: Any, channel: ChannelHandle, num_workers: int) -> None:
+    """Have all workers end, so that none works on behind the driver's back."""
+    for worker in range(num_workers):
+        channel.rule(MAILBOX, worker, STOP)
+    ended, _ = ray.wait([running], timeout=STOP_SECONDS)
+    if not ended:
+        ray.cancel(running, force=True)
 
 
 def _extract_alone(job: dict[str, Any]) -> None:
@@ -151,23 +117,30 @@ def _extract_alone(job: dict[str, Any]) -> None:
 
 
 def _extract_together(job: dict[str, Any]) -> None:
-    from ray.train import RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     resources = {"CPU": job["cpus"], **({"GPU": job["gpus"]} if job["gpus"] else {})}
-    TorchTrainer(
-        _extraction_loop,
-        train_loop_config=job,
-        scaling_config=ScalingConfig(
-            num_workers=job["num_workers"],
-            use_gpu=bool(job["gpus"]),
-            resources_per_worker=resources,
-        ),
-        run_config=RunConfig(
-            name=f"extraction-{time.time_ns()}",
-            storage_path=str(job["context"].folder / "train"),
-        ),
-    ).fit()
+    storage = job["context"].folder / "train"
+    name = f"extraction-{time.time_ns()}"
+    try:
+        TorchTrainer(
+            _extraction_loop,
+            train_loop_config=job,
+            scaling_config=ScalingConfig(
+                num_workers=job["num_workers"],
+                use_gpu=bool(job["gpus"]),
+                resources_per_worker=resources,
+            ),
+            run_config=RunConfig(
+                name=name,
+                storage_path=str(storage),
+                failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            ),
+        ).fit()
+    finally:
+        # Only Train's own notes are there: what the workers made is in the cache.
+        shutil.rmtree(storage / name, ignore_errors=True)
 
 
 def _extraction_loop(job: dict[str, Any]) -> None:
@@ -178,52 +151,66 @@ def _extraction_loop(job: dict[str, Any]) -> None:
 
 
 def _extract_share(job: dict[str, Any], share: tuple[int, int]) -> None:
-    """All encoders are built before any is used: missing weights are said at once. One encoder is
-    kept while requests ask for it, as the views of a space are many. A mistake goes to the driver
-    through the channel, where Ray would wrap it in a worker's traceback."""
+    """A mistake goes to the driver through the channel, where Ray would wrap it in a worker's
+    traceback; the worker then ends as if all were well, as a second try would meet it again."""
+    from .feature_work import do_work, plan_work
+
     context: Context = job["context"]
-    channel: ChannelHandle = job["channel"]
+    line = _Line(job["channel"], share[0])
     device = prepare_worker(context)
     try:
-        for request in {(r.backbone, r.image_size, r.blocks): r for r in job["requests"]}.values():
-            build_backbone(context, request)
-        built = None
-        for request in job["requests"]:
-            if built != (request.backbone, request.image_size):
-                encoder = build_backbone(context, request)
-                built = (request.backbone, request.image_size)
-            progress = _Throttle(channel, share[0], request.label)
-            store = ensure_features(
-                context, request, encoder, device=device, share=share, progress=progress
-            )
-            if share[0] == 0:
-                channel.deliver(MAILBOX, {request: str(store.folder)})
+        work = plan_work(context, job["requests"], share)
+        do_work(context, work, device=device, progress_of=line.progress_of)
+        if share[0] == 0:
+            folders = {part.request: str(part.matrix.folder) for part in work.parts}
+            line.hand_over(folders)
     except InputError as error:
-        channel.deliver(MAILBOX, error)
+        line.deliver(error)
+    except _StoppedError:
+        return
 
 
-class _Throttle:
-    """A `core` progress callable that passes news on a few times a second."""
+class _StoppedError(Exception):
+    """Another worker met a mistake."""
 
-    def __init__(self, channel: ChannelHandle, worker: int, label: str) -> None:
+
+class _Line:
+    """A worker's line to the driver."""
+
+    def __init__(self, channel: ChannelHandle, worker: int) -> None:
         self._channel = channel
         self._worker = worker
-        self._label = label
-        self._last = 0.0
 
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if done < total and now - self._last < PROGRESS_SECONDS:
-            return
-        self._last = now
-        self._channel.deliver(
-            MAILBOX,
-            ExtractionProgress(worker=self._worker, label=self._label, done=done, total=total),
-        )
+    def deliver(self, item: object) -> None:
+        self._channel.deliver(MAILBOX, item)
 
+    def hand_over(self, folders: dict[FeatureRequest, str]) -> None:
+        """Tell of the matrices, and come back when the driver holds them. This worker must hold
+        them until then: nobody may remove one in between."""
+        self.deliver(folders)
+        while not self._is_held():
+            time.sleep(POLL_SECONDS)
 
-def _missing(matrix: ShardedMatrix, share: tuple[int, int]) -> list[int]:
-    worker, num_workers = share
-    mine = [s for s in range(matrix.num_shards) if s % num_workers == worker]
-    matrix.verify(mine)
-    return [shard for shard in mine if not matrix.has(shard)]
+    def progress_of(self, request: FeatureRequest) -> Callable[[int, int], None]:
+        """A `core` progress callable that passes news on a few times a second, and raises
+        _StoppedError if this worker is to end."""
+        last = 0.0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if done < total and now - last < PROGRESS_SECONDS:
+                return
+            last = now
+            self.deliver(
+                ExtractionProgress(worker=self._worker, label=request.label, done=done, total=total)
+            )
+            self._is_held()
+
+        return progress
+
+    def _is_held(self) -> bool:
+        answer = self._channel.ruling(MAILBOX, self._worker)
+        if answer == STOP:
+            raise _StoppedError
+        return answer == HELD

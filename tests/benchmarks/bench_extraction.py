@@ -2,7 +2,8 @@
 
 Bare: the encoder on float tensors in memory, same batch, precision and memory order. The first
 pass decodes the pictures and keeps them; the second finds them decoded, as a second backbone does.
-Both write features to disk with checksums.
+Both write features to disk with checksums. Beside the speeds stand the milliseconds of all cores a
+picture: on a CPU decoding takes its share of the same cores, which bounds the first pass.
 """
 
 from __future__ import annotations
@@ -119,10 +120,14 @@ def measure(bench: Bench, encoder: Encoder, table: Table) -> dict[str, Any]:
     passes = Passes(bench, encoder, table)
     passes.bare()
     speeds: dict[str, list[float]] = {"bare": [], "first": [], "second": []}
+    costs: dict[str, list[float]] = {name: [] for name in speeds}
     for _ in range(bench.size(3, 1)):
         for name, values in speeds.items():
+            started = time.process_time()
             values.append(getattr(passes, name)())
+            costs[name].append((time.process_time() - started) / table.num_images * 1000)
     bare, first, second = (statistics.median(values) for values in speeds.values())
+    cores = {name: statistics.median(values) for name, values in costs.items()}
     return {
         "backbone": encoder.backbone.name,
         "precision": passes.spec.precision,
@@ -131,6 +136,9 @@ def measure(bench: Bench, encoder: Encoder, table: Table) -> dict[str, Any]:
         "second pass": second,
         "first/bare": first / bare,
         "second/bare": second / bare,
+        "core ms, bare": cores["bare"],
+        "core ms, first": cores["first"],
+        "core ms, second": cores["second"],
     }
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,16 +35,9 @@ from core.pixels import PixelSpec, PixelStore
 from core.precision import BFLOAT16, FLOAT32
 from core.shards import ShardedMatrix
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NUM, SIZE, D, SHARD = 10, 16, 6, 4  # shards of 4, 4 and 2 rows
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Threads cost more than they give at these sizes, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -83,9 +76,9 @@ def _count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     decode = pixels.decode_pictures
 
-    def counting(paths: list[Path], *, size: int, resize: str) -> pixels.Pictures:
+    def counting(paths: list[Path], squares: Any, **settings: Any) -> list[pixels.Pictures]:
         sizes.append(len(paths))
-        return decode(paths, size=size, resize=resize)
+        return decode(paths, squares, **settings)
 
     monkeypatch.setattr(pixels, "decode_pictures", counting)
     return sizes
@@ -207,6 +200,43 @@ def test_a_second_backbone_of_the_same_size_decodes_nothing(
     np.testing.assert_allclose(matrix, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_sizes_that_are_known_together_are_cut_from_one_decoding(
+    tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = _count_decoded(monkeypatch)
+    squares = [(SIZE, "squash"), (24, "squash"), (24, "crop")]
+    stores = [
+        PixelStore(tmp_path, PixelSpec(pictures="abc", input_size=size, resize=resize), paths)
+        for size, resize in squares
+    ]
+    stores[1].shard(1)  # A kill left this one shard of one size.
+    assert decoded == [4]
+    stores[0].fill([0, 1, 2], others_of=lambda shard: stores)
+    assert decoded == [4, 4, 4, 2]
+    for store, (size, resize) in zip(stores, squares, strict=True):
+        assert store.matrix.missing_shards() == []
+        expected = [decode_square(open_picture(path), size, resize=resize) for path in paths]
+        assert np.array_equal(store.matrix.open(), np.stack(expected))
+        assert np.array_equal(store.shard(2), np.stack(expected[8:]))
+    assert decoded == [4, 4, 4, 2]
+
+
+def test_a_damaged_shard_of_pictures_never_reaches_a_backbone(
+    tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = _pixel_store(tmp_path, paths)
+    store.fill([0, 1, 2])
+    writable = np.load(store.matrix.folder / "matrix.npy", mmap_mode="r+")
+    writable[5] ^= 255
+    writable.flush()
+    decoded = _count_decoded(monkeypatch)
+    encoder = _encoder()
+    matrix = _ensure(tmp_path, encoder, paths).open()
+    assert decoded == [4]
+    expected = _plain_features(encoder, paths).mean((2, 3))
+    np.testing.assert_allclose(matrix, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_two_poolings_and_two_backbones_share_nothing_but_pictures(
     tmp_path: Path, paths: list[Path]
 ) -> None:
@@ -296,7 +326,8 @@ def test_pictures_of_the_next_shard_are_read_meanwhile(tmp_path: Path, paths: li
         progress=lambda done, total: seen.append((done, total)),
     )
     assert [shard for shard, _ in stored_when_read] == [2, 0, 1]
-    assert [stored >= place - 1 for place, (_, stored) in enumerate(stored_when_read)] == [True] * 3
+    # One shard may be in work, and one on its way to the disk.
+    assert [stored >= place - 2 for place, (_, stored) in enumerate(stored_when_read)] == [True] * 3
     assert seen == [(2, NUM), (6, NUM), (10, NUM)]
 
 
@@ -311,6 +342,27 @@ def test_a_picture_that_cannot_be_read_ends_the_work_and_keeps_the_rest(
     passed = _count_pictures(encoder := _encoder())
     _ensure(tmp_path, encoder, paths)
     assert sum(passed) == NUM - SHARD  # the first shard was kept
+
+
+def test_what_cannot_be_written_is_said_also_for_the_last_shard(
+    tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards are written in a thread, and nobody waits for it but the end."""
+    write = ShardedMatrix.write_shard
+
+    def failing(self: ShardedMatrix, shard: int, values: np.ndarray) -> None:
+        if self.folder.parent.name == "features" and shard == 2:
+            raise InputError("the disk is full")
+        write(self, shard, values)
+
+    monkeypatch.setattr(ShardedMatrix, "write_shard", failing)
+    with pytest.raises(InputError, match="the disk is full"):
+        _ensure(tmp_path, _encoder(), paths)
+    monkeypatch.undo()
+    monkeypatch.setattr(shards, "SHARD_ROWS", SHARD)
+    passed = _count_pictures(encoder := _encoder())
+    _ensure(tmp_path, encoder, paths)
+    assert sum(passed) == NUM - 2 * SHARD
 
 
 def test_features_that_are_not_finite_are_refused(tmp_path: Path, paths: list[Path]) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import namedtuple
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -242,6 +244,75 @@ def test_a_full_disk_is_said_before_any_work(
     # What is there already needs no room.
     monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: usage(10**9, 0, 0))
     assert _make(tmp_path / "m").missing_shards() == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_is_said_and_what_is_there_stays(small_disk: Path) -> None:
+    """Room for the matrix when it is made (it is sparse), but somebody else takes it."""
+    width = 100
+    values = np.ones((SHARD_ROWS, width), np.float32)
+    matrix = ShardedMatrix(
+        small_disk / "m", spec=SPEC, num_rows=2 * SHARD_ROWS, row_shape=(width,), dtype="float32"
+    )
+    matrix.write_shard(0, values)
+    (small_disk / "other").write_bytes(b"x" * 100_000)
+    message = r"No space left on device: 102,400 bytes are still needed and [\d,]+ are free"
+    with pytest.raises(InputError, match=message) as caught:
+        matrix.write_shard(1, values)
+    assert caught.value.where == str(small_disk / "m")
+    assert "tuner cache prune" in str(caught.value) and "TUNER_HOME" in str(caught.value)
+    assert matrix.missing_shards() == [1]
+    assert matrix.verify() == []
+    (small_disk / "other").unlink()
+    matrix.write_shard(1, values)
+    assert matrix.missing_shards() == matrix.verify() == []
+    assert (matrix.open() == 1).all()
+
+
+def test_a_file_that_may_not_grow_is_said_too(tmp_path: Path) -> None:
+    """Where nothing can be mounted: the system's limit on the size of a file, in a process."""
+    lines = f"""
+import resource
+from core.errors import InputError
+matrix = make(sys.argv[1])
+matrix.write_shard(0, values(matrix, 0))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+limit = 128 + {SHARD_ROWS * WIDTH * 4}
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+try:
+    matrix.write_shard(1, values(matrix, 1))
+except InputError as error:
+    assert "File too large: 5,300 bytes are still needed" in error.problem, error
+    sys.exit(0 if matrix.missing_shards() == [1, 2] and matrix.verify() == [] else 4)
+"""
+    assert _worker(lines, tmp_path).wait(timeout=60) == 0
+    assert _fill(_make(tmp_path)) == [1, 2]
+
+
+def test_a_shard_is_read_back_or_forgotten(tmp_path: Path) -> None:
+    matrix = _make(tmp_path)
+    assert matrix.read_shard(1) is None
+    _fill(matrix)
+    assert np.array_equal(matrix.read_shard(2), _whole()[2 * SHARD_ROWS :])
+    writable = np.load(tmp_path / "matrix.npy", mmap_mode="r+")
+    writable[SHARD_ROWS + 3, 2] += 1
+    writable.flush()
+    assert matrix.read_shard(1) is None
+    assert matrix.missing_shards() == [1]
+    os.truncate(tmp_path / "matrix.npy", (tmp_path / "matrix.npy").stat().st_size - 8)
+    assert matrix.read_shard(2) is None
+    assert np.array_equal(matrix.read_shard(0), _whole()[:SHARD_ROWS])
 
 
 def test_a_folder_that_cannot_be_written_is_an_input_error(tmp_path: Path) -> None:

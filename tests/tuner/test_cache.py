@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ import pytest
 import core
 from core.errors import InputError
 from core.shards import SHARD_ROWS, ShardedMatrix, hold, remove
-from tuner.cache import holding, list_stores, make_room, prune
+from tuner.cache import check_room, holding, list_stores, make_room, prune
 from tuner.context import FeatureRequest
 from tuner.home import open_home
 
@@ -270,6 +271,15 @@ def test_a_study_makes_room_for_what_it_adds(cache: Path) -> None:
     # Its own stores stay even where the bound cannot be kept.
     assert _room(cache, 0) == ["new"]
     assert [store.folder.name for store in list_stores(cache)] == ["own"]
+
+
+def test_a_disk_too_small_for_a_study_is_said(cache: Path) -> None:
+    free = shutil.disk_usage(cache.parent).free
+    check_room(cache, free // 2)
+    message = r"need [\d.]+ GB, and [\d.]+ [GM]B are free: [\d.]+ GB are missing(.|\n)*cache prune"
+    with pytest.raises(InputError, match=message) as caught:
+        check_room(cache, 2 * free + 10**9)
+    assert caught.value.where == str(cache)
 
 
 def test_a_bound_removes_nothing_that_is_in_use(cache: Path, holder: Path) -> None:

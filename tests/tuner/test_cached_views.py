@@ -6,7 +6,6 @@ N pictures, C classes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +37,14 @@ from tuner.context import (
     view_folders,
     view_requests,
 )
-from tuner.extraction import ensure_features
-from tuner.finalists import MAILBOX, Candidate, crown
+from tuner.feature_work import ensure_features
+from tuner.finalists import FinalistOptions, crown
 from tuner.plan import feature_requests
+from tuner.repeats import MAILBOX, Candidate
 from tuner.space_file import parse_space
 from tuner.winner import best_candidates
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZE = 32
 CONFIG = TrialConfig(
@@ -56,24 +58,19 @@ CONFIG = TrialConfig(
 )
 
 
-class _Channel:
-    """Keeps what a job delivers."""
+class _Runner:
+    """Runs the jobs of the finalists here, and keeps what they deliver."""
 
-    def __init__(self) -> None:
+    def __init__(self, context: Context) -> None:
+        self.context = context
         self.delivered: list[Any] = []
+
+    def __call__(self, work: Any, payloads: Any, totals: Any) -> list[Any]:
+        return [work(self.context, payload, self) for payload in payloads]
 
     def deliver(self, mailbox: str, item: Any) -> None:
         assert mailbox == MAILBOX
         self.delivered.append(item)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Threads cost more than they give at these sizes, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -171,9 +168,9 @@ def test_each_view_is_computed_once_and_no_picture_decoded_again(
     counts = {"decoded": 0, "encoded": 0}
     plain_decode, plain_encode = core_pixels.decode_pictures, core_features.encode
 
-    def counting_decode(paths, **settings):
+    def counting_decode(paths, squares, **settings):
         counts["decoded"] += len(paths)
-        return plain_decode(paths, **settings)
+        return plain_decode(paths, squares, **settings)
 
     def counting_encode(encoder, pictures, **settings):
         counts["encoded"] += len(pictures)
@@ -220,6 +217,7 @@ def test_the_winner_is_served_as_it_was_trained(
     """From picture files, with two stages pooled twice: `crown` compares them itself, too."""
     candidates = [
         Candidate(
+            study="s",
             number=number,
             config=config,
             value=0.5,
@@ -227,9 +225,7 @@ def test_the_winner_is_served_as_it_was_trained(
         )
         for number, config in enumerate([CONFIG, dataclasses.replace(CONFIG, views="plain")])
     ]
-    channel = _Channel()
-    winner = crown(context, candidates, 2, channel)
-    assert channel.delivered[-1][0] == channel.delivered[-1][1]
+    winner = crown(context, candidates, FinalistOptions(seeds=2), _Runner(context))
     assert [len(f.values) for f in winner.finalists] == [2, 2]
     model = load_model(Path(winner.folder))
     rows = context.split.test[:4]
@@ -251,7 +247,7 @@ def test_a_winning_trial_knows_its_views(features: dict[FeatureRequest, str]) ->
         "value": 0.6,
         "settings": settings,
     }
-    (candidate,) = best_candidates((TrialRecord(**values),), features, seed=0)
+    (candidate,) = best_candidates((TrialRecord(**values),), features, seed=0, study="s")
     assert set(candidate.features) == {"plain", "mirrored"}
     assert candidate.config.views == "flip"
 
@@ -263,9 +259,10 @@ def test_a_fine_tuned_model_of_several_stages_is_served(context: Context, encode
     (outcome,) = train_cohort(context, [config], numbers=[7], features=folders, report=keep_going)
     assert outcome.status is Status.COMPLETE
     candidate = Candidate(
-        number=7, config=config, value=outcome.best_value or 0.0, features=folders
+        study="s", number=7, config=config, value=outcome.best_value or 0.0, features=folders
     )
-    assert crown(context, [candidate], 1, _Channel()).validation == outcome.best_value
+    winner = crown(context, [candidate], FinalistOptions(seeds=1), _Runner(context))
+    assert winner.finalists[0].values == (winner.validation,)
 
 
 def test_too_many_blocks_are_said_when_the_backbone_is_built(context: Context) -> None:
