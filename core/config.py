@@ -17,7 +17,10 @@ from .errors import InputError, unknown_name
 MODES = ("probe", "finetune")
 FEATURE_NORMS = ("standardize", "none")
 CLASS_WEIGHTS = ("none", "sqrt_inverse", "inverse")
+BATCH_NORMS = ("frozen", "train")
+HEAD_STARTS = ("random", "probe")
 MAX_BLOCKS = 4
+MAX_MAGNITUDE = 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,18 +90,56 @@ class TrialConfig:
     epochs: int = 30
     """Passes over the training split, >= 1."""
     batch_size: int = 256
-    """Pictures a step, >= 1. Trials of one cohort share it."""
+    """Pictures of one forward and backward pass, over all workers of the trial together, >= 1.
+    Trials of one cohort share it."""
     seed: int = 0
-    """Seeds the head's initial weights and dropout, 0 <= seed < 2**63. The order of batches is the
-    study's."""
-    unfrozen_stages: int = 0
-    """`finetune`: how many stages, counted from the output, are trained; 0 is the head alone."""
-    head_lr_multiplier: float = 1.0
-    """`finetune`: the head's learning rate over the backbone's, > 0."""
+    """Seeds the head's initial weights, dropout and augmentation, 0 <= seed < 2**63. The order of
+    batches is the study's."""
     image_size: int | None = None
     """Side of the square input in pixels, >= 16; None for the backbone's own."""
+
+    # From here on: read by `finetune` alone.
+    unfrozen_stages: int | None = 0
+    """`finetune`: how many stages, counted from the output, are trained; 0 is the head alone, None
+    or more than there are is the whole backbone."""
+    unfreeze_epochs: int = 0
+    """`finetune`: stages are unfrozen one by one, from the output, a further one after every so
+    many epochs, >= 0; the first is trained from the start. 0: all `unfrozen_stages` at once."""
+    layer_lr_decay: float = 1.0
+    """`finetune`: a stage's learning rate over that of the stage after it, 0 < d <= 1."""
+    head_lr_multiplier: float = 1.0
+    """`finetune`: the head's learning rate over the last stage's, > 0."""
+    head_start: str = "random"
+    """`finetune`: first weights of the head: `random`, or those of the best `probe` of the same
+    backbone, head, pooling and blocks (where there is none: random)."""
+    accumulation_steps: int = 1
+    """`finetune`: batches whose gradients make one step of the optimizer, >= 1."""
+    clip_norm: float | None = None
+    """`finetune`: longer gradients are scaled down to this norm, > 0; None: as they are."""
+    ema_decay: float = 0.0
+    """`finetune`: share of the old in the moving average of the weights at each step, 0 <= d < 1.
+    Above 0, the averaged weights are validated and kept."""
+    batch_norm: str = "frozen"
+    """`finetune`: `frozen` keeps the pretrained statistics of batch norms, `train` normalises by
+    the batch and moves them, in unfrozen stages."""
+    drop_path: float = 0.0
+    """`finetune`: probability of skipping the deepest residual block while training, falling
+    linearly to 0 at the input (stochastic depth), 0 <= p < 1."""
     horizontal_flip: bool = False
     """`finetune`: mirror each training picture with probability one half."""
+    min_crop_scale: float = 1.0
+    """`finetune`: train on random crops, resized, of at least this share of the picture's area,
+    0 < s <= 1; 1: whole pictures."""
+    randaugment_magnitude: int = 0
+    """`finetune`: strength of the random operations on each training picture, 0 (none) to 30."""
+    randaugment_ops: int = 2
+    """`finetune`: how many random operations a training picture gets, >= 1."""
+    mixup_alpha: float = 0.0
+    """`finetune`: pairs of pictures are blended by a share from Beta(alpha, alpha), >= 0; 0: no
+    mixup. With `cutmix_alpha`, too, each batch takes one of the two by chance."""
+    cutmix_alpha: float = 0.0
+    """`finetune`: a rectangle of a picture is replaced by another picture's, its share of the area
+    from Beta(alpha, alpha), >= 0; 0: no cutmix."""
 
     def __post_init__(self) -> None:
         """Raises InputError that names the parameter, its value and the rule."""
@@ -143,6 +184,8 @@ def _check_names(config: TrialConfig) -> None:
         ("class_weights", CLASS_WEIGHTS),
         ("optimizer", OPTIMIZERS),
         ("schedule", SCHEDULES),
+        ("batch_norm", BATCH_NORMS),
+        ("head_start", HEAD_STARTS),
     ):
         if getattr(config, key) not in valid:
             raise unknown_name(key, getattr(config, key), valid, where=key)
@@ -152,7 +195,16 @@ def _check_ranges(config: TrialConfig) -> None:
     """Every number is in its range."""
     for key in ("lr", "csra_temperature", "head_lr_multiplier"):
         _check(config, f"{key} > 0", key, getattr(config, key) > 0)
-    for key in ("csra_lambda", "gamma", "gamma_positive", "gamma_negative", "weight_decay"):
+    for key in (
+        "csra_lambda",
+        "gamma",
+        "gamma_positive",
+        "gamma_negative",
+        "weight_decay",
+        "unfreeze_epochs",
+        "mixup_alpha",
+        "cutmix_alpha",
+    ):
         _check(config, f"{key} >= 0", key, getattr(config, key) >= 0)
     for key in (
         "dropout",
@@ -163,16 +215,27 @@ def _check_ranges(config: TrialConfig) -> None:
         "beta2",
         "alpha",
         "warmup_fraction",
+        "ema_decay",
+        "drop_path",
     ):
         _check(config, f"0 <= {key} < 1", key, 0 <= getattr(config, key) < 1)
-    for key in ("epochs", "batch_size"):
+    for key in ("layer_lr_decay", "min_crop_scale"):
+        _check(config, f"0 < {key} <= 1", key, 0 < getattr(config, key) <= 1)
+    for key in ("epochs", "batch_size", "accumulation_steps", "randaugment_ops"):
         _check(config, f"{key} >= 1", key, getattr(config, key) >= 1)
     _check(config, f"1 <= blocks <= {MAX_BLOCKS}", "blocks", 1 <= config.blocks <= MAX_BLOCKS)
     _check(config, "0 <= seed < 2**63", "seed", 0 <= config.seed < 2**63)
-    _check(config, "unfrozen_stages >= 0", "unfrozen_stages", config.unfrozen_stages >= 0)
     _check(config, "every width >= 1", "hidden_sizes", all(w >= 1 for w in config.hidden_sizes))
-    size = config.image_size
+    size, stages, norm = config.image_size, config.unfrozen_stages, config.clip_norm
     _check(config, "image_size >= 16", "image_size", size is None or size >= 16)
+    _check(config, "unfrozen_stages >= 0", "unfrozen_stages", stages is None or stages >= 0)
+    _check(config, "clip_norm > 0", "clip_norm", norm is None or norm > 0)
+    _check(
+        config,
+        f"0 <= randaugment_magnitude <= {MAX_MAGNITUDE}",
+        "randaugment_magnitude",
+        0 <= config.randaugment_magnitude <= MAX_MAGNITUDE,
+    )
 
 
 def _check_combinations(config: TrialConfig) -> None:
@@ -218,7 +281,7 @@ def coerce(key: str, kind: object, value: Any) -> Any:
         if not all(isinstance(i, int) and not isinstance(i, bool) for i in items):
             raise InputError(f"expected a list of whole numbers, but got {value!r}", where=key)
         return tuple(items)
-    if kind == "int | None" and value is None:
+    if kind in ("int | None", "float | None") and value is None:
         return None
     if kind == "bool":
         if isinstance(value, bool):

@@ -1,83 +1,45 @@
-"""Training a head together with the last stages of its backbone, one trial at a time.
+"""The training loop of fine-tuning: a head together with the last stages of its backbone.
 
-Normalisation layers stay in evaluation mode: their statistics are the pretrained ones, as small
-batches of a small set would spoil them (and folded ones must not be re-estimated). As for probes,
-a trial's value is its best epoch's validation objective, and the weights kept are that epoch's.
-N pictures, B batch, C classes, D features.
+One trial at a time, on one process or on several ranks (`core.ranks`) that share each batch. As
+for probes, a trial's value is its best epoch's validation objective, and the weights kept are that
+epoch's. The number of ranks changes no sum, only what looks at a rank's own pictures: dropout,
+drop path, mixing partners, training batch norms. A resumed run gives the numbers of one that was
+never interrupted. B pictures of this rank's part of a batch, N of all, C classes.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .augment import Augmentation, mix, picture_seeds
+from .batches import Cut, cut_epoch, epoch_order, read_ahead, read_pictures, to_unit
+from .checkpoint import Checkpoints
+from .classifier import SCALING, build_classifier, picture_logits, scale_features
 from .config import TrialConfig
+from .drop_path import set_drop_path
+from .ema import AveragedWeights
 from .encoders import Encoder
 from .errors import InputError
-from .features import MAP, encode
-from .heads import HEADS, build_head
-from .inputs import Rows, feature_statistics
-from .losses import LOSSES, class_weights
+from .inputs import Rows
 from .metrics import topk_recall
-from .optimizers import OPTIMIZERS
+from .out_of_memory import first_line, is_out_of_memory
+from .param_groups import build_optimizer, parameter_groups
 from .pixels import Pictures
-from .pooling import num_head_features, pooled_features
+from .precision import FLOAT32
 from .probe import METRICS, further_metrics
+from .ranks import ALONE, Ranks
 from .report import Outcome, Report, Status
-from .schedules import rate_factors
 from .stack import head_settings
-
-STATISTICS_ROWS = 1024
-"""Training pictures whose features set the scaling in front of the head."""
-EVALUATION_BATCH = 64
-
-
-class PictureClassifier(nn.Module):
-    """Encoder, pooling, feature scaling and head as one module: pictures to logits."""
-
-    mean_D: Tensor
-    deviation_D: Tensor
-
-    def __init__(
-        self,
-        encoder: Encoder,
-        head: nn.Module,
-        *,
-        pooling: str,
-        blocks: int = 1,
-        mean_D: Tensor | None = None,
-        deviation_D: Tensor | None = None,
-    ) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.head = head
-        self.pooling = pooling
-        self.blocks = blocks
-        self.spatial = bool(getattr(head, "spatial", False))
-        size = num_head_features(encoder, spatial=self.spatial, pooling=pooling, blocks=blocks)
-        self.register_buffer("mean_D", torch.zeros(size) if mean_D is None else mean_D)
-        self.register_buffer(
-            "deviation_D", torch.ones(size) if deviation_D is None else deviation_D
-        )
-
-    def forward(self, images_N3hw: Tensor) -> Tensor:
-        """Float pictures [N, 3, S, S] in 0..1 to logits [N, C]."""
-        mean, deviation = self.mean_D, self.deviation_D
-        if self.spatial:
-            features = self.encoder(images_N3hw)
-            mean, deviation = mean.view(-1, 1, 1), deviation.view(-1, 1, 1)
-        else:
-            features = pooled_features(
-                self.encoder, images_N3hw, pooling=self.pooling, blocks=self.blocks
-            )
-        logits: Tensor = self.head((features - mean) / deviation)
-        return logits
+from .trained_network import TrainedNetwork
+from .training_run import TrainingRun
+from .training_state import Progress, TrainingState, seed_rank, share_buffers
+from .unfreezing import num_unfrozen
 
 
 def finetune(
@@ -92,263 +54,313 @@ def finetune(
     objective: str = "top3_accuracy",
     order_seed: int = 0,
     device: torch.device | str = "cpu",
+    ranks: Ranks = ALONE,
+    precision: str = FLOAT32,
+    compile: bool = False,
+    checkpoints: Checkpoints | None = None,
+    head_state: Mapping[str, Tensor] | None = None,
+    last_epoch: int | None = None,
 ) -> Outcome:
-    """Train one trial's backbone stages and head on pictures.
+    """Train one trial's backbone stages and head on pictures. Every rank calls it alike.
 
     Args:
         encoder: changed in place.
         pictures: uint8 [N, S, S, 3]; may be memory-mapped.
         targets_NC: 0/1 targets, float32.
-        report: hears every epoch and says whether to stop.
+        report: rank 0's hears every epoch and says whether all ranks stop; after a resume the
+            last epoch is told again, as nobody knows whether it was heard.
         objective: see `core.probe.METRICS`.
+        order_seed: the study's seed of the order of pictures.
+        precision: of products and convolutions, see `core.precision`.
+        compile: train through torch.compile; validation is not compiled.
+        checkpoints: written by rank 0 after every epoch, before it is reported; if they hold a
+            state of the same trial, training goes on from there. All ranks must see the folder.
+        head_state: first weights of the head, see `core.classifier.build_classifier`.
+        last_epoch: end after this epoch of the schedule, and keep its weights whatever validation
+            says: for rows that it can say nothing about.
 
     Returns:
-        The outcome, with the best epoch's state of the whole `PictureClassifier`.
+        The outcome, alike on all ranks; rank 0's has the best epoch's state of the whole
+        `PictureClassifier`. INFEASIBLE if memory runs out on the only rank. With several ranks
+        that is raised instead: the others wait for this one until its process ends.
 
     Raises:
-        InputError: the backbone cannot be trained.
+        InputError: the backbone cannot be trained, the model cannot be compiled, the head's first
+            weights are of another head, or a checkpoint cannot be written.
     """
-    devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(config.seed)
-        model = _build(encoder, pictures, targets_NC.shape[1], train, config, device)
-        return _train(
-            model, pictures, targets_NC, train, validation, config, report, objective, order_seed
+    run = TrainingRun(
+        pictures=pictures,
+        targets_NC=targets_NC,
+        train=train,
+        validation=validation,
+        config=config,
+        objective=objective,
+        order_seed=order_seed,
+        device=torch.device(device),
+        ranks=ranks,
+        precision=precision,
+        compile=compile,
+        last_epoch=last_epoch,
+    )
+    devices = [run.device] if run.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(config.seed)
+            state = build_state(run, encoder, head_state)
+            resumed = checkpoints is not None and state.restore(checkpoints, run.trial, ranks)
+            if not resumed:
+                scaled = head_state is not None and set(SCALING) <= set(head_state)
+                if config.feature_norm == "standardize" and not scaled:
+                    scale_features(state.model, pictures, train, precision=precision, ranks=ranks)
+                if ranks.rank:
+                    seed_rank(config.seed, ranks)
+            return _train(run, state, report, checkpoints, resumed=resumed)
+    except (RuntimeError, MemoryError) as error:
+        if ranks.count > 1 or not is_out_of_memory(error):
+            raise
+        return Outcome(
+            status=Status.INFEASIBLE,
+            reason=f"out of memory with batches of {config.batch_size}: {first_line(error)}",
         )
 
 
-def _train(
-    model: PictureClassifier,
-    pictures: Pictures,
-    targets_NC: Tensor,
-    train: Rows,
-    validation: Rows,
-    config: TrialConfig,
-    report: Report,
-    objective: str,
-    order_seed: int,
-) -> Outcome:
-    device = model.mean_D.device
-    optimizer = _optimizer(model, config)
-    steps_per_epoch = math.ceil(len(train) / config.batch_size)
-    factors = rate_factors(
-        config.schedule,
-        num_steps=steps_per_epoch * config.epochs,
-        warmup_fraction=config.warmup_fraction,
-    )
-    weights_C = class_weights(config.class_weights, targets_NC[torch.from_numpy(train)])
-    weights_C = None if weights_C is None else weights_C.to(device)
-    started = time.perf_counter()
-    curve: list[dict[str, float]] = []
-    best: tuple[float, int, dict[str, Tensor]] | None = None
-    status, reason = Status.COMPLETE, ""
-    for epoch in range(1, config.epochs + 1):
-        epoch_factors = factors[(epoch - 1) * steps_per_epoch : epoch * steps_per_epoch]
-        batches = _batches(pictures, targets_NC, train, config, order_seed, epoch, device)
-        metrics = {
-            **_train_epoch(model, optimizer, batches, epoch_factors, config, weights_C),
-            **_evaluate(model, pictures, targets_NC, validation, config, weights_C, objective),
-            "lr": config.lr * float(epoch_factors[-1]),
-        }
-        wrong = [
-            f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)
-        ]
-        if wrong:
-            status, reason = Status.FAILED, f"diverged in epoch {epoch}: {', '.join(wrong)}"
-            break
-        curve.append(metrics)
-        value = metrics[f"validation_{objective}"]
-        if best is None or value > best[0]:
-            state = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-            best = (value, epoch, state)
-        if report(epoch, metrics) and epoch < config.epochs:
-            status, reason = Status.PRUNED, f"pruned at epoch {epoch}"
-            break
-    further: dict[str, float] = {}
-    if best is not None and status is Status.COMPLETE:
-        model.load_state_dict(best[2])
-        logits_NC = picture_logits(model, pictures, validation, device).cpu()
-        further = further_metrics(logits_NC, targets_NC[torch.from_numpy(validation)])
-    return Outcome(
-        status=status,
-        reason=reason,
-        curve=tuple(curve),
-        best_epoch=best[1] if best else None,
-        best_value=best[0] if best else None,
-        best_metrics=further,
-        seconds=time.perf_counter() - started,
-        state=best[2] if best else None,
-    )
-
-
-def _build(
-    encoder: Encoder,
-    pictures: Pictures,
-    num_classes: int,
-    train: Rows,
-    config: TrialConfig,
-    device: torch.device | str,
-) -> PictureClassifier:
-    if config.unfrozen_stages and not encoder.stages():
+def build_state(
+    run: TrainingRun, encoder: Encoder, head_state: Mapping[str, Tensor] | None
+) -> TrainingState:
+    """Model, optimizer and average before the first step."""
+    config = run.config
+    if config.unfrozen_stages != 0 and not encoder.stages():
         raise InputError(
             f"{encoder.backbone.name} has no layers that can be trained",
             where="unfrozen_stages",
             hint="use it with mode: probe",
         )
-    encoder = encoder.to(device).to(memory_format=torch.channels_last)
-    for parameter in encoder.parameters():
-        parameter.requires_grad_(False)
-    unfrozen = encoder.stages()[-config.unfrozen_stages :] if config.unfrozen_stages else []
-    for stage in unfrozen:
-        for parameter in stage.parameters():
-            parameter.requires_grad_(True)
-    spatial = HEADS[config.head].spatial
-    num_features = num_head_features(
-        encoder, spatial=spatial, pooling=config.pooling, blocks=config.blocks
-    )
-    head = build_head(num_features=num_features, num_classes=num_classes, **head_settings(config))
-    mean_D = deviation_D = None
-    if config.feature_norm == "standardize":
-        # The same sample for every trial: spread over the training rows, in order.
-        sample = train[:: max(1, len(train) // STATISTICS_ROWS)][:STATISTICS_ROWS]
-        parts = [
-            encode(
-                encoder,
-                np.asarray(pictures[block]),
-                pooling=MAP if spatial else config.pooling,
-                blocks=config.blocks,
-                device=device,
-            ).cpu()
-            for block in _blocks(sample, EVALUATION_BATCH)
-        ]
-        features = torch.cat(parts).numpy()
-        mean_D, deviation_D = feature_statistics(features, np.arange(len(features)))
-    model = PictureClassifier(
+    if config.drop_path and not set_drop_path(encoder.network, config.drop_path):
+        raise InputError(
+            f"{encoder.backbone.name} has no blocks that can be skipped, but got "
+            f"drop_path={config.drop_path}",
+            where="drop_path",
+            hint="leave it at 0, or take a backbone built for it, such as convnext_tiny",
+        )
+    model = build_classifier(
         encoder,
-        head,
+        head_settings(config),
+        num_classes=run.targets_NC.shape[1],
         pooling=config.pooling,
         blocks=config.blocks,
-        mean_D=mean_D,
-        deviation_D=deviation_D,
+        device=run.device,
+        head_state=head_state,
     )
-    return model.to(device)
+    stages = encoder.stages()
+    most = num_unfrozen(config.unfrozen_stages, 0, num_stages=len(stages), epoch=1)
+    groups = parameter_groups(
+        stages[len(stages) - most :],
+        model.head,
+        lr=config.lr,
+        layer_lr_decay=config.layer_lr_decay,
+        head_lr_multiplier=config.head_lr_multiplier,
+        weight_decay=config.weight_decay,
+    )
+    average = None
+    if config.ema_decay:
+        parameters = [p for group in groups for p in group["params"]]
+        average = AveragedWeights(model, config.ema_decay, parameters)
+    optimizer = build_optimizer(config.optimizer, groups, lr=config.lr, settings=vars(config))
+    return TrainingState(model=model, optimizer=optimizer, average=average, device=run.device)
 
 
-def _optimizer(model: PictureClassifier, config: TrialConfig) -> torch.optim.Optimizer:
-    """Groups: backbone and head, each with and without weight decay (none on vectors: biases and
-    norms). Each group's `peak` is the rate that the schedule's factor multiplies."""
-    groups = []
-    for part, multiplier in ((model.encoder, 1.0), (model.head, config.head_lr_multiplier)):
-        params = [p for p in part.parameters() if p.requires_grad]
-        for decayed in (True, False):
-            chosen = [p for p in params if (p.ndim > 1) == decayed]
-            if chosen:
-                decay = config.weight_decay if decayed else 0.0
-                peak = config.lr * multiplier
-                groups.append({"params": chosen, "weight_decay": decay, "peak": peak})
-    kind = OPTIMIZERS[config.optimizer]
-    settings = {key: getattr(config, key) for key in kind.parameters}
-    return kind.build(groups, lr=config.lr, **settings)
+def _train(
+    run: TrainingRun,
+    state: TrainingState,
+    report: Report,
+    checkpoints: Checkpoints | None,
+    *,
+    resumed: bool,
+) -> Outcome:
+    """Epoch after epoch, until the last, a stop that is told, or numbers that are none."""
+    config, ranks, progress = run.config, run.ranks, state.progress
+    started = time.perf_counter() - progress.seconds
+
+    def is_told_to_stop() -> bool:
+        told = ranks.rank == 0 and report(progress.epoch, progress.curve[-1])
+        return ranks.agree(told) and progress.epoch < run.num_epochs
+
+    network = TrainedNetwork(
+        state.model,
+        drop_path=config.drop_path > 0,
+        batch_norms=config.batch_norm == "train",
+        precision=run.precision,
+        compile=run.compile,
+        ranks=ranks,
+    )
+    failure = ""
+    # The epoch of the checkpoint is told again: it was written first, and perhaps not heard of.
+    stopped = resumed and is_told_to_stop()
+    while progress.epoch < run.num_epochs and not stopped:
+        epoch = progress.epoch + 1
+        trained = train_epoch(run, state, network, epoch)
+        validated, logits_NC = _validate(run, state, network)
+        metrics = {**trained, **validated, "lr": config.lr * float(run.rate_factors(epoch)[-1])}
+        wrong = [
+            f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)
+        ]
+        if wrong:
+            failure = f"diverged in epoch {epoch}: {', '.join(wrong)}"
+            break
+        value = metrics[f"validation_{run.objective}"]
+        newest, first = run.last_epoch is not None, ranks.rank == 0
+        state.record(metrics, value, logits_NC, keep_state=first, newest=newest)
+        progress.seconds = time.perf_counter() - started
+        if checkpoints is not None:
+            state.save(checkpoints, run.trial, ranks)
+        stopped = is_told_to_stop()
+    progress.seconds = time.perf_counter() - started
+    return _outcome(run, progress, failure=failure, stopped=stopped)
 
 
-def _train_epoch(
-    model: PictureClassifier,
-    optimizer: torch.optim.Optimizer,
-    batches: Iterator[tuple[Tensor, Tensor]],
-    factors: np.ndarray[Any, np.dtype[np.float64]],
-    config: TrialConfig,
-    weights_C: Tensor | None,
+def train_epoch(
+    run: TrainingRun, state: TrainingState, network: TrainedNetwork, epoch: int
 ) -> dict[str, float]:
-    """One pass over the batches; metrics over the pictures as they were seen while training."""
-    model.encoder.eval()
-    model.head.train()
-    total_loss = 0.0
-    logits, targets = [], []
-    for (images, targets_BC), factor in zip(batches, factors, strict=True):
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        logits_BC = model(images)
-        loss = _loss(config, logits_BC, targets_BC, weights_C).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        total_loss += loss.item() * len(images)
-        logits.append(logits_BC.detach())
-        targets.append(targets_BC)
-    targets_NC = torch.cat(targets)
-    accuracy = topk_recall(torch.cat(logits), targets_NC, 3, allow_nan=True)
+    """One pass over the training pictures; metrics are of the pictures as they were seen.
+
+    A step's gradient is that of the mean loss of all its pictures, over however many batches and
+    ranks they are spread.
+    """
+    ranks = run.ranks
+    network.enter_epoch(run.num_unfrozen(epoch, network.num_stages))
+    factors = run.rate_factors(epoch)
+    losses, logits, targets = [], [], []
+    for cut, images, targets_BC in _batches(run, epoch):
+        with nullcontext() if cut.ends_step else network.keeping_gradients():
+            logits_BC, losses_B = _forward(run, network, cut, images, targets_BC, epoch)
+            own_losses = losses_B[: cut.num_own]
+            # Gradients are averaged over ranks, so each counts as many times as there are ranks.
+            loss = own_losses.sum() / (cut.step_pictures / ranks.count)
+            loss.backward()  # type: ignore[no-untyped-call]
+        if cut.ends_step:
+            _step(run, state, float(factors[cut.step]))
+        # Kept on the device: to ask for a number now would be to wait for it.
+        losses.append(own_losses.detach().sum() / max(cut.num_own, 1))
+        logits.append(logits_BC[: cut.num_own].detach())
+        targets.append(targets_BC[: cut.num_own])
+    means = torch.stack(losses).tolist()
+    total = sum(mean * len(part) for mean, part in zip(means, targets, strict=True))
+    total = float(ranks.sum(torch.tensor(total, dtype=torch.float64)))
+    logits_NC, targets_NC = ranks.concat(torch.cat(logits)), ranks.concat(torch.cat(targets))
     return {
-        "train_loss": total_loss / len(targets_NC),
-        "train_top3_accuracy": float(accuracy),
+        "train_loss": total / len(targets_NC),
+        "train_top3_accuracy": float(topk_recall(logits_NC, targets_NC, 3, allow_nan=True)),
     }
 
 
-def _loss(
-    config: TrialConfig, logits_BC: Tensor, targets_BC: Tensor, weights_C: Tensor | None
-) -> Tensor:
-    kind = LOSSES[config.loss]
-    return kind.function(
-        logits_BC,
-        targets_BC,
-        label_smoothing=config.label_smoothing,
-        class_weights_C=weights_C,
-        **{key: getattr(config, key) for key in kind.parameters},
+def _forward(
+    run: TrainingRun,
+    network: TrainedNetwork,
+    cut: Cut,
+    images_B3hw: Tensor,
+    targets_BC: Tensor,
+    epoch: int,
+) -> tuple[Tensor, Tensor]:
+    """Logits and losses [B] of pictures that may each be mixed with another of this rank."""
+    config = run.config
+    if not (config.mixup_alpha or config.cutmix_alpha):
+        logits_BC = network(images_B3hw)
+        return logits_BC, run.losses(logits_BC, targets_BC)
+    mixed = mix(
+        images_B3hw,
+        mixup_alpha=config.mixup_alpha,
+        cutmix_alpha=config.cutmix_alpha,
+        seed=[config.seed, epoch, cut.batch, run.ranks.rank],
+    )
+    logits_BC = network(mixed.images_BChw)
+    own_B = run.losses(logits_BC, targets_BC)
+    partner_B = run.losses(logits_BC, targets_BC[mixed.partners_B])
+    return logits_BC, mixed.share_B * own_B + (1 - mixed.share_B) * partner_B
+
+
+def _step(run: TrainingRun, state: TrainingState, rate_factor: float) -> None:
+    """One step of the optimizer with the gradients that have come together."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = group["peak"] * rate_factor
+    if run.config.clip_norm is not None:
+        parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, run.config.clip_norm)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    if state.average is not None:
+        state.average.update()
+
+
+def _batches(run: TrainingRun, epoch: int) -> Iterator[tuple[Cut, Tensor, Tensor]]:
+    """This rank's part of each batch: float pictures, augmented, and their targets."""
+    config, on_gpu = run.config, run.device.type == "cuda"
+    order = epoch_order(run.train, order_seed=run.order_seed, epoch=epoch)
+    cuts = cut_epoch(
+        order,
+        batch_size=config.batch_size,
+        accumulation_steps=config.accumulation_steps,
+        rank=run.ranks.rank,
+        count=run.ranks.count,
+    )
+    augment = Augmentation(
+        horizontal_flip=config.horizontal_flip,
+        min_crop_scale=config.min_crop_scale,
+        randaugment_magnitude=config.randaugment_magnitude,
+        randaugment_ops=config.randaugment_ops,
     )
 
+    def read(cut: Cut) -> tuple[Tensor, Tensor]:
+        targets_BC = run.targets(cut.rows)
+        targets_BC = targets_BC.pin_memory() if on_gpu else targets_BC
+        return read_pictures(run.pictures, cut.rows, pin=on_gpu), targets_BC
 
-def _batches(
-    pictures: Pictures,
-    targets_NC: Tensor,
-    train: Rows,
-    config: TrialConfig,
-    order_seed: int,
-    epoch: int,
-    device: torch.device | str,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled, augmented float batches; the order is the study's, the flips the trial's."""
-    order = np.random.default_rng([order_seed, epoch]).permutation(train)
-    flips = np.random.default_rng([config.seed, epoch])
-    for rows in _blocks(order, config.batch_size):
-        images = _images(pictures, rows, device)
-        if config.horizontal_flip:
-            flip = torch.from_numpy(flips.random(len(rows)) < 0.5).to(images.device)
-            images = torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
-        yield images, targets_NC[torch.from_numpy(rows)].to(device)
+    for cut, (pixels, targets_BC) in read_ahead(cuts, read):
+        images = pixels.to(run.device, non_blocking=True).permute(0, 3, 1, 2)
+        if augment != Augmentation():
+            images = augment(images, picture_seeds(config.seed, epoch, cut.rows))
+        yield cut, to_unit(images), targets_BC.to(run.device, non_blocking=True)
 
 
-@torch.inference_mode()
-def picture_logits(
-    model: PictureClassifier, pictures: Pictures, rows: Rows, device: torch.device | str
-) -> Tensor:
-    """Logits [n, C] of some rows of uint8 pictures, in evaluation mode."""
-    model.eval()
-    blocks = _blocks(rows, EVALUATION_BATCH)
-    return torch.cat([model(_images(pictures, block, device)) for block in blocks])
+def _validate(
+    run: TrainingRun, state: TrainingState, network: TrainedNetwork
+) -> tuple[dict[str, float], Tensor]:
+    """Metrics and logits of the validation pictures, with averaged weights if there are any."""
+    if network.moves_buffers:
+        share_buffers(state.model, run.ranks)
+    with state.averaged():
+        if network.moves_buffers:
+            share_buffers(state.model, run.ranks)
+        logits_NC = picture_logits(
+            state.model,
+            run.pictures,
+            run.validation,
+            run.device,
+            precision=run.precision,
+            ranks=run.ranks,
+        )
+    targets_NC = run.targets(run.validation).to(run.device)
+    values = {"validation_loss": float(run.losses(logits_NC, targets_NC).mean())}
+    for name in dict.fromkeys(("top3_accuracy", run.objective)):
+        values[f"validation_{name}"] = float(METRICS[name](logits_NC, targets_NC, allow_nan=True))
+    return values, logits_NC
 
 
-def _evaluate(
-    model: PictureClassifier,
-    pictures: Pictures,
-    targets_NC: Tensor,
-    rows: Rows,
-    config: TrialConfig,
-    weights_C: Tensor | None,
-    objective: str,
-) -> dict[str, float]:
-    device = model.mean_D.device
-    logits_NC = picture_logits(model, pictures, rows, device)
-    targets = targets_NC[torch.from_numpy(rows)].to(device)
-    values = {"validation_loss": float(_loss(config, logits_NC, targets, weights_C).mean())}
-    for name in dict.fromkeys(("top3_accuracy", objective)):
-        values[f"validation_{name}"] = float(METRICS[name](logits_NC, targets, allow_nan=True))
-    return values
-
-
-def _images(pictures: Pictures, rows: Rows, device: torch.device | str) -> Tensor:
-    block = torch.from_numpy(np.ascontiguousarray(pictures[rows])).to(device)
-    return block.permute(0, 3, 1, 2).float().div_(255)
-
-
-def _blocks(rows: Rows, size: int) -> Iterator[Rows]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
+def _outcome(run: TrainingRun, progress: Progress, *, failure: str, stopped: bool) -> Outcome:
+    status, reason = Status.COMPLETE, ""
+    if failure:
+        status, reason = Status.FAILED, failure
+    elif stopped:
+        status, reason = Status.PRUNED, f"pruned at epoch {progress.epoch}"
+    further: dict[str, float] = {}
+    if status is Status.COMPLETE and progress.best_logits_NC is not None:
+        further = further_metrics(progress.best_logits_NC, run.targets(run.validation))
+    return Outcome(
+        status=status,
+        reason=reason,
+        curve=tuple(progress.curve),
+        best_epoch=progress.best_epoch,
+        best_value=progress.best_value,
+        best_metrics=further,
+        seconds=progress.seconds,
+        state=progress.best_state,
+    )

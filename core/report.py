@@ -43,6 +43,8 @@ class Status(enum.StrEnum):
     COMPLETE = "complete"
     PRUNED = "pruned"
     FAILED = "failed"
+    INFEASIBLE = "infeasible"
+    """Its settings cannot run on this machine, such as a batch that exceeds its memory."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,23 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"seed": -1}, r"0 <= seed < 2\*\*63"),
     ({"seed": 2**63}, r"0 <= seed < 2\*\*63"),
     ({"unfrozen_stages": -1}, "unfrozen_stages >= 0"),
+    ({"unfreeze_epochs": -1}, "unfreeze_epochs >= 0"),
+    ({"layer_lr_decay": 0}, "0 < layer_lr_decay <= 1"),
+    ({"layer_lr_decay": 1.1}, "0 < layer_lr_decay <= 1"),
+    ({"head_start": "best"}, "unknown head_start 'best'(.|\n)*probe, random"),
+    ({"accumulation_steps": 0}, "accumulation_steps >= 1"),
+    ({"clip_norm": 0}, "clip_norm > 0"),
+    ({"clip_norm": "none"}, "finite number"),
+    ({"ema_decay": 1}, "0 <= ema_decay < 1"),
+    ({"batch_norm": "eval"}, "unknown batch_norm 'eval'(.|\n)*frozen, train"),
+    ({"drop_path": 1}, "0 <= drop_path < 1"),
+    ({"min_crop_scale": 0}, "0 < min_crop_scale <= 1"),
+    ({"min_crop_scale": 1.01}, "0 < min_crop_scale <= 1"),
+    ({"randaugment_magnitude": -1}, "0 <= randaugment_magnitude <= 30"),
+    ({"randaugment_magnitude": 31}, "0 <= randaugment_magnitude <= 30"),
+    ({"randaugment_ops": 0}, "randaugment_ops >= 1"),
+    ({"mixup_alpha": -0.1}, "mixup_alpha >= 0"),
+    ({"cutmix_alpha": -0.1}, "cutmix_alpha >= 0"),
     ({"image_size": 15}, "image_size >= 16"),
     ({"head": "mlp"}, "at least one hidden layer"),
     ({"hidden_sizes": [8]}, "at least one hidden layer"),
@@ -109,6 +126,11 @@ def test_values_get_the_type_of_their_field() -> None:
     assert type(config.lr) is float
     assert TrialConfig.from_dict({"backbone": "ffn", "image_size": 64.0}).image_size == 64
     assert TrialConfig.from_dict({"backbone": "ffn", "image_size": None}).image_size is None
+    assert (
+        TrialConfig.from_dict({"backbone": "ffn", "unfrozen_stages": None}).unfrozen_stages is None
+    )
+    assert TrialConfig.from_dict({"backbone": "ffn", "clip_norm": None}).clip_norm is None
+    assert type(TrialConfig.from_dict({"backbone": "ffn", "clip_norm": 1}).clip_norm) is float
     hash(config)
 
 

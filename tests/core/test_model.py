@@ -19,10 +19,12 @@ from core.errors import InputError
 from core.features import encode
 from core.heads import build_head
 from core.inputs import HeadInputs
-from core.model import load_model, read_manifest, save_model
+from core.manifest import read_manifest
+from core.model import load_model, save_ensemble, save_model
 from core.pictures import decode_square, open_picture
-from core.pooling import POOLINGS
+from core.pooling import POOLINGS, num_head_features
 from core.probe import train_probes
+from core.served import Member
 
 CLASSES = ("Action", "N/A", "Sci-Fi")
 SIZE = 48
@@ -311,3 +313,154 @@ def test_a_damaged_model_is_refused_by_file(
 def test_the_manifest_names_everything_that_prediction_needs(saved: Path) -> None:
     keys = "format format_version class_names thresholds calibration pooling blocks input_size"
     assert set(read_manifest(saved)) == {*keys.split(), "encoder", "head", "metadata", "files"}
+
+
+# ---- ensembles --------------------------------------------------------------------------------
+
+
+def member(encoder: Encoder, seed: int, **settings: Any) -> Member:
+    """With a head of its own, and features shifted and scaled at random."""
+    kind = settings.pop("kind", "linear")
+    reads = {"pooling": settings.pop("pooling", "avg"), "blocks": settings.pop("blocks", 1)}
+    about = {key: settings.pop(key) for key in ("weight", "calibration") if key in settings}
+    num_features = num_head_features(encoder, spatial=kind == "csra", **reads)
+    generator = torch.Generator().manual_seed(seed)
+    return Member(
+        encoder=encoder,
+        head=build_head(
+            kind, num_features=num_features, num_classes=len(CLASSES), seed=seed, **settings
+        ).eval(),
+        head_spec={"kind": kind, **settings},
+        feature_mean_D=torch.randn(num_features, generator=generator),
+        feature_std_D=torch.rand(num_features, generator=generator) + 0.5,
+        **reads,
+        **about,
+    )
+
+
+@pytest.fixture(scope="module")
+def members(convolutions: Encoder, pixels: Encoder) -> list[Member]:
+    """Three on one backbone that read it differently, one on pixels, one at another size."""
+    larger = build_encoder("squeezenet1_1", weights="none", input_size=64, seed=3)
+    return [
+        member(convolutions, 1, weight=0.2, calibration=(0.7, -0.1)),
+        member(convolutions, 2, weight=0.1, pooling="avg_max", blocks=2, calibration=(1.5, 0.2)),
+        member(convolutions, 3, weight=0.3, kind="csra", csra_lambda=0.4),
+        member(pixels, 4, weight=0.15, kind="mlp", hidden_sizes=[5], calibration=(2.0, 0.0)),
+        member(larger, 5, weight=0.25),
+    ]
+
+
+@pytest.fixture
+def ensemble(tmp_path: Path, members: list[Member]) -> Path:
+    save_ensemble(
+        tmp_path / "ensemble",
+        members=members,
+        class_names=CLASSES,
+        calibration=(1.2, 0.1),
+        thresholds=[0.3, 0.4, 0.5],
+        metadata={"kind": "together"},
+    )
+    return tmp_path / "ensemble"
+
+
+def test_an_ensemble_is_the_weighted_mean_of_its_members(
+    tmp_path: Path, ensemble: Path, members: list[Member]
+) -> None:
+    """Each member saved as a model by itself, and the rest in numpy."""
+    pictures = [picture(seed) for seed in range(5)]
+    mean = np.zeros((5, len(CLASSES)))
+    for number, one in enumerate(members):
+        save_model(
+            tmp_path / str(number),
+            encoder=one.encoder,
+            head=one.head,
+            head_spec=one.head_spec,
+            class_names=CLASSES,
+            pooling=one.pooling,
+            blocks=one.blocks,
+            feature_mean_D=one.feature_mean_D,
+            feature_std_D=one.feature_std_D,
+            calibration=one.calibration,
+            input_size=one.encoder.backbone.input_size,
+        )
+        mean += one.weight * load_model(tmp_path / str(number)).predict(pictures)
+    expected = 1 / (1 + np.exp(-(1.2 * np.log(mean / (1 - mean)) + 0.1)))
+
+    classifier = load_model(ensemble)
+    np.testing.assert_allclose(classifier.predict(pictures), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        classifier.predict(pictures, batch_size=2), classifier.predict(pictures), atol=1e-6
+    )
+    assert classifier.class_names == CLASSES
+    assert classifier.thresholds == (0.3, 0.4, 0.5)
+    assert classifier.metadata == {"kind": "together"}
+    assert classifier.input_size == 64
+
+
+def test_a_shared_backbone_is_written_once_and_run_once(ensemble: Path) -> None:
+    manifest = read_manifest(ensemble)
+    assert [spec["encoder"] for spec in manifest["members"]] == [0, 0, 0, 1, 2]
+    assert sorted(path.name for path in ensemble.iterdir()) == [
+        *(f"encoder-{number}" for number in range(3)),
+        *(f"member-{number}" for number in range(5)),
+        "model.json",
+    ]
+    classifier = load_model(ensemble)
+    runs: list[str] = []
+    encoders = {id(m.encoder): m.encoder for m in classifier._members}
+    assert len(encoders) == 3
+    for encoder in encoders.values():
+        encoder.network.register_forward_hook(
+            lambda *_, name=encoder.backbone.name: runs.append(name)
+        )
+    classifier.predict([picture(1), picture(2)])
+    assert sorted(runs) == ["ffn", "squeezenet1_1", "squeezenet1_1"]
+
+
+def test_equal_encoders_built_apart_are_one(tmp_path: Path, convolutions: Encoder) -> None:
+    again = build_encoder("squeezenet1_1", weights="none", input_size=SIZE, seed=3)
+    other = build_encoder("squeezenet1_1", weights="none", input_size=SIZE, seed=4)
+    trio = [member(e, 1, weight=1 / 3) for e in (convolutions, again, other)]
+    save_ensemble(tmp_path / "model", members=trio, class_names=CLASSES)
+    assert [m["encoder"] for m in read_manifest(tmp_path / "model")["members"]] == [0, 0, 1]
+
+
+def test_a_bad_picture_is_named_by_its_row_in_an_ensemble(ensemble: Path) -> None:
+    with pytest.raises(InputError, match=r"^row 1: the picture is damaged"):
+        load_model(ensemble).predict([picture(0), picture(2)[:60]])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: flip_last_byte(f / "member-1/head.safetensors"), r"member-1/head.*is damaged"),
+        (lambda f: (f / "encoder-0/backbone.safetensors").unlink(), r"encoder-0.*is missing"),
+        (lambda f: edit(f, lambda m: m.pop("members")), "members missing"),
+        (lambda f: edit(f, lambda m: m["files"].update({"a/../../x": "0"})), "is missing"),
+        (lambda f: edit(f, lambda m: m["files"].update({"/etc/passwd": "0"})), "is missing"),
+    ],
+)
+def test_a_damaged_ensemble_is_refused_by_file(
+    ensemble: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    damage(ensemble)
+    with pytest.raises(InputError, match=message):
+        load_model(ensemble)
+
+
+@pytest.mark.parametrize("weights", [(), (0.5, 0.4), (1.5, -0.5), (1.0, 0.0)])
+def test_weights_are_shares(tmp_path: Path, pixels: Encoder, weights: tuple[float, ...]) -> None:
+    few = [member(pixels, seed, weight=weight) for seed, weight in enumerate(weights)]
+    with pytest.raises(ValueError, match="sum to 1"):
+        save_ensemble(tmp_path / "model", members=few, class_names=CLASSES)
+    assert not (tmp_path / "model").exists()
+
+
+def test_an_ensemble_takes_the_place_of_a_single_model(
+    saved: Path, members: list[Member], pixels: Encoder
+) -> None:
+    save_ensemble(saved, members=members, class_names=CLASSES)
+    assert not (saved / "head.safetensors").exists()
+    save_model(saved, **parts(pixels))
+    assert sorted(path.name for path in saved.iterdir()) == ["head.safetensors", "model.json"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -20,17 +19,10 @@ from core.features import describe_features, encode, feature_shape
 from core.pooling import POOLINGS, num_head_features, num_pooled_features, pool, pooled_features
 from core.stages import as_map, has_channels_last
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 N, SIZE = 2, 24
 WIDTHS = (4, 6, 8, 10)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Threads cost more than they give at these sizes, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _encoder() -> Encoder:

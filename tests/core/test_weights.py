@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import urllib.error
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +22,10 @@ from core.encoders import Encoder, build_encoder, load_encoder, weights_fingerpr
 from core.errors import InputError
 from core.networks import build_torchvision
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAME = "shufflenet_v2_x0_5"
 SIZE = 32
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Such small pictures gain nothing from threads, and lose much where cores are shared."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def state_of(name: str = NAME, seed: int = 5, size: int = SIZE) -> dict[str, Tensor]:
