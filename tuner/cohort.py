@@ -8,7 +8,6 @@ answer waits in the channel. Nothing here knows Optuna or MLflow.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from core.errors import InputError
 from core.report import CohortReport, Metrics, Outcome, Status
 
 from .channel import ChannelHandle
-from .context import Context, build_backbone, prepare_worker, request_of
+from .context import Context, prepare_worker
 
 REPORT_SECONDS = 1.0
 """Between rungs a cohort reports at most this often, for the live table."""
@@ -41,7 +40,7 @@ def run_cohort(job: Mapping[str, Any], context: Context, channel: ChannelHandle)
 
     name = job["cohort"]
     configs = [TrialConfig.from_dict(values) for values in job["trials"]]
-    report = _tune_report(name, context, channel, tune.report)
+    report = tune_report(name, context, channel, tune.report)
 
     def train_loop() -> list[Outcome]:
         return train_cohort(
@@ -72,12 +71,14 @@ def train_cohort(
     features: Mapping[str, str],
     report: CohortReport,
     keep_state: bool = False,
+    last_epoch: int | None = None,
 ) -> list[Outcome]:
-    """Train trials that share a request: probes in stacks, a fine-tuning trial by itself.
+    """Train trials that share a request: probes in stacks, or one fine-tuning trial.
 
     A fine-tuned trial's weights go to `context.state_path`, as they are big; a probe's come back
     with its outcome if `keep_state`. `features` holds the folder of each view's matrix, those at
-    least that some trial draws from. Raises InputError for trials that cannot run.
+    least that some trial draws from. `last_epoch` ends them there and keeps that epoch's weights,
+    as for `core.probe.train_probes`. Raises InputError for trials that cannot run.
     """
     import torch
 
@@ -85,12 +86,26 @@ def train_cohort(
     from core.views import PLAIN, VIEWS
 
     device = prepare_worker(context)
-    targets_NC = torch.from_numpy(context.table.targets_NC).float()
     if configs[0].mode == "finetune":
-        return [
-            _finetune(context, config, number, features[PLAIN.name], targets_NC, report, device)
-            for config, number in zip(configs, numbers, strict=True)
-        ]
+        from .finetuning import finetune_trial
+
+        (config,), (number,) = configs, numbers
+        pictures = open_matrix(features[PLAIN.name])
+
+        def report_one(epoch: int, metrics: Metrics) -> bool:
+            return bool(report(epoch, {0: metrics}))
+
+        outcome = finetune_trial(
+            context,
+            config,
+            number,
+            pictures,
+            report=report_one,
+            device=device,
+            last_epoch=last_epoch,
+        )
+        return [outcome]
+    targets_NC = torch.from_numpy(context.table.targets_NC).float()
     drawn = dict.fromkeys(view.name for config in configs for view in VIEWS[config.views])
     return train_probes(
         open_matrix(features[PLAIN.name]),
@@ -101,43 +116,16 @@ def train_cohort(
         objective=context.objective,
         report=report,
         order_seed=context.seed,
+        precision=context.precision,
         device=device,
         keep_state=keep_state,
+        last_epoch=last_epoch,
     )
 
 
 def open_matrix(folder: str) -> npt.NDArray[Any]:
     """The feature or pixel matrix in a cache folder, memory-mapped and read-only."""
     return np.lib.format.open_memmap(Path(folder) / "matrix.npy", mode="r")
-
-
-def _finetune(
-    context: Context,
-    config: TrialConfig,
-    number: int,
-    features: str,
-    targets_NC: Any,
-    report: CohortReport,
-    device: Any,
-) -> Outcome:
-    from core.finetune import finetune
-
-    ((train, validation),) = context.split.pairs()
-    outcome = finetune(
-        build_backbone(context, request_of(config)),
-        open_matrix(features),
-        targets_NC,
-        train,
-        validation,
-        config,
-        report=lambda epoch, metrics: bool(report(epoch, {0: metrics})),
-        objective=context.objective,
-        order_seed=context.seed,
-        device=device,
-    )
-    if outcome.state is not None and outcome.status is Status.COMPLETE:
-        save_state(context.state_path(number), outcome.state)
-    return dataclasses.replace(outcome, state=None)
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -151,7 +139,7 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     draft.replace(path)
 
 
-def _tune_report(
+def tune_report(
     name: str, context: Context, channel: ChannelHandle, send: Callable[[dict[str, Any]], None]
 ) -> CohortReport:
     """At rungs the driver is asked which trials stop; between them it only hears, now and then."""

@@ -47,10 +47,20 @@ class Context:
     """In which backbones are computed, on every worker alike: see `core.precision`."""
     num_threads: int
     """CPU threads of a worker: its share of the machine."""
+    outputs: Path | None = None
+    """Where fine-tuning keeps weights and checkpoints; None: in `folder`."""
+    memory_bytes: int | None = None
+    """What a worker's training may take; None: its share of what its device has free."""
+    memory_share: float = 1.0
+    """A worker's share of its machine's memory, or of its GPU's."""
 
     def state_path(self, number: int) -> Path:
         """Where the weights of fine-tuned trial `number` are kept."""
-        return self.folder / "states" / f"{number:06d}.safetensors"
+        return (self.outputs or self.folder) / "states" / f"{number:06d}.safetensors"
+
+    def checkpoint_folder(self, number: int) -> Path:
+        """Where fine-tuning trial `number` keeps its checkpoints while it runs."""
+        return (self.outputs or self.folder) / "checkpoints" / f"{number:06d}"
 
 
 @dataclass(frozen=True, kw_only=True, order=True)

@@ -17,6 +17,7 @@ from core.errors import InputError
 
 HOME_VARIABLE = "TUNER_HOME"
 LIMIT_VARIABLE = "TUNER_CACHE_GB"
+MEMORY_VARIABLE = "TUNER_MEMORY_GB"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,18 +40,13 @@ class Home:
 
         Raises InputError if that is no number of gigabytes.
         """
-        text = os.environ.get(LIMIT_VARIABLE)
-        if not text:
-            return None
-        try:
-            limit = float(text)
-        except ValueError:
-            limit = math.nan
-        if not 0 <= limit < math.inf:
-            raise InputError(
-                f"expected gigabytes, 0 or more, but got {text!r}", where=LIMIT_VARIABLE
-            )
-        return int(limit * 10**9)
+        return _gigabytes(LIMIT_VARIABLE)
+
+    @property
+    def memory_limit(self) -> int | None:
+        """Bytes that a fine-tuning worker may take, from TUNER_MEMORY_GB; None for what its device
+        has free. Raises InputError if that is no number of gigabytes."""
+        return _gigabytes(MEMORY_VARIABLE)
 
     @property
     def artifacts(self) -> Path:
@@ -65,11 +61,11 @@ class Home:
 def open_home(root: Path | None = None) -> Home:
     """The home in `root`, or TUNER_HOME, or `~/.poster-tuner`, made if it is not there.
 
-    Raises InputError if it cannot be written, or the cache's limit makes no sense.
+    Raises InputError if it cannot be written, or a limit makes no sense.
     """
     chosen = root or Path(os.environ.get(HOME_VARIABLE) or "~/.poster-tuner")
     home = Home(root=chosen.expanduser().resolve())
-    _ = home.cache_limit
+    _ = home.cache_limit, home.memory_limit
     try:
         home.studies.mkdir(parents=True, exist_ok=True)
         home.cache.mkdir(exist_ok=True)
@@ -86,3 +82,16 @@ def open_home(root: Path | None = None) -> Home:
             hint=f"name another folder with {HOME_VARIABLE}",
         )
     return home
+
+
+def _gigabytes(variable: str) -> int | None:
+    text = os.environ.get(variable)
+    if not text:
+        return None
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = math.nan
+    if not 0 <= limit < math.inf:
+        raise InputError(f"expected gigabytes, 0 or more, but got {text!r}", where=variable)
+    return int(limit * 10**9)

@@ -1,10 +1,12 @@
 """Keeps the weights of a study's best fine-tuned trials, and deletes the rest as the study goes.
 
-Bounded for the study, not for each trial: the disk holds KEPT states however many trials run.
+Bounded for the study, not for each trial: the disk holds KEPT states and the checkpoints of the
+trials that run, however many have run.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +20,8 @@ KEPT = 3
 
 
 class StateKeeper:
-    """A `Watcher` that deletes the state of every trial that is not among the best.
+    """A `Watcher` that deletes the checkpoints of every trial that has an end, and the state of
+    every one that is not among the best.
 
     Args:
         context: knows where states are.
@@ -41,6 +44,9 @@ class StateKeeper:
 
     def trial_ended(self, number: int, settings: Mapping[str, Any], outcome: Outcome) -> None:
         """Rank the trial; of equal values the earlier one is kept."""
+        checkpoints = self._context.checkpoint_folder(number)
+        if checkpoints.exists():
+            shutil.rmtree(checkpoints)
         path = self._context.state_path(number)
         if outcome.best_value is None or not path.exists():
             path.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     import optuna
 
 SEED_STRIDE = 1_000_003
-
+FITS = "fits_in_memory"
+"""Optuna's constraint, above 0 where it is violated. Trials without it count as feasible."""
 
 Settings = Mapping[str, Any]
 
@@ -99,6 +100,7 @@ class CohortSearcher(Searcher):
         log: keeps every outcome before anyone is told.
         rungs: epochs at which the pruner is asked.
         unfinished: trials of an earlier session that were running when it ended; they go first.
+        on_lost: hears the name of a cohort whose Tune trial is beyond retrying.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class CohortSearcher(Searcher):
         seed: int,
         rungs: Sequence[int],
         unfinished: Sequence[optuna.Trial] = (),
+        on_lost: Callable[[str], None] | None = None,
     ) -> None:
         super().__init__()
         self._study = study
@@ -126,6 +129,7 @@ class CohortSearcher(Searcher):
         self._seed = seed
         self._rungs = frozenset(rungs)
         self._unfinished = list(unfinished)
+        self._on_lost = on_lost
         self._reported = {
             trial.number: set(study.trials[trial.number].intermediate_values)
             for trial in unfinished
@@ -180,9 +184,11 @@ class CohortSearcher(Searcher):
         trials = {place: cohort.members[place].trial for place in values}
         if epoch in self._rungs:
             for place, value in values.items():
-                # A trial that an earlier session began has reported some rungs already.
-                if epoch not in self._reported.get(trials[place].number, ()):
+                # A trial that is run again, after a kill, has reported some rungs already.
+                reported = self._reported.setdefault(trials[place].number, set())
+                if epoch not in reported:
                     trials[place].report(value, epoch)
+                    reported.add(epoch)
             stops = [place for place, trial in trials.items() if trial.should_prune()]
             self._channel.rule(cohort.name, epoch, stops)
         by_number = {trials[place].number: value for place, value in values.items()}
@@ -201,6 +207,8 @@ class CohortSearcher(Searcher):
         if isinstance(last, list):
             outcomes: Sequence[Outcome] = last
         else:
+            if self._on_lost is not None:
+                self._on_lost(cohort.name)
             reason = f"its worker failed: {last or 'the process died'}"
             outcomes = [Outcome(status=Status.FAILED, reason=reason)] * len(cohort.members)
         for member, outcome in zip(cohort.members, outcomes, strict=True):
@@ -276,14 +284,21 @@ class CohortSearcher(Searcher):
 
 
 def tell(study: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> None:
-    """Tell Optuna a trial's end, with the rest of the outcome as an attribute."""
+    """Tell Optuna a trial's end, with the rest of the outcome as an attribute.
+
+    An infeasible trial is one that was stopped before its first epoch and violates a constraint:
+    samplers learn from that, where they would forget a failed one.
+    """
     from optuna.trial import TrialState
 
     trial.set_user_attr(OUTCOME, outcome_attribute(outcome))
+    # A kill may have come between here and `tell`, hence the second question.
+    if outcome.status is Status.INFEASIBLE and FITS not in trial.constraints:
+        trial.set_constraint(FITS, 1.0)
     match outcome.status:
         case Status.COMPLETE:
             study.tell(trial, outcome.best_value)
-        case Status.PRUNED:
+        case Status.PRUNED | Status.INFEASIBLE:
             study.tell(trial, state=TrialState.PRUNED)
         case Status.FAILED:
             study.tell(trial, state=TrialState.FAIL)

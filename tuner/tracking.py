@@ -3,8 +3,8 @@
 Writing happens in one thread beside the search, in batches: one process and one thread write,
 since processes that open a new sqlite store at once collide. A run's key is its tags STUDY and
 TRIAL; a resumed study finds its runs by them. MLflow's status: FINISHED for a complete or
-pruned trial, FAILED for a failed one, KILLED for one that waits to be resumed; the tag STATUS tells
-complete from pruned, and REASON says why.
+pruned trial, FAILED for a failed or infeasible one, KILLED for one that waits to be resumed; the
+tag STATUS tells them apart, and REASON says why.
 """
 
 from __future__ import annotations
@@ -42,7 +42,12 @@ RETRY_SECONDS = 120
 """How long a failing write is tried again before the study is told."""
 MAX_TEXT = 5000
 """MLflow refuses longer tags."""
-_RUN_STATUS = {Status.COMPLETE: "FINISHED", Status.PRUNED: "FINISHED", Status.FAILED: "FAILED"}
+_RUN_STATUS = {
+    Status.COMPLETE: "FINISHED",
+    Status.PRUNED: "FINISHED",
+    Status.FAILED: "FAILED",
+    Status.INFEASIBLE: "FAILED",
+}
 
 
 class Tracker:
@@ -72,6 +77,7 @@ class Tracker:
         self.experiment = experiment
         self.experiment_id = ""
         self.parent_run_id = ""
+        self.ended = False
         self._artifacts = artifacts
         self._study = study
         self._objective = objective
@@ -91,6 +97,7 @@ class Tracker:
 
     def end_study(self, status: str = "FINISHED") -> None:
         """Close the parent run; what is still to be written is written first."""
+        self.ended = True
         self._jobs.put(lambda: self._client().set_terminated(self.parent_run_id, status))
         self.flush()
 
@@ -125,9 +132,9 @@ class Tracker:
     def trial_ended(self, number: int, settings: Mapping[str, Any], outcome: Outcome) -> None:
         self._jobs.put(lambda: self._end_trial(number, settings, outcome))
 
-    def mark_winner(self, number: int) -> None:
-        """Tag the run of the trial that won."""
-        self._jobs.put(lambda: self._log(self._runs[number], [], {}, {WINNER: "true"}))
+    def mark_winner(self, number: int, study: str | None = None) -> None:
+        """Tag the run of the trial that won, of this study or of the other part of it."""
+        self._jobs.put(lambda: self._mark_winner(number, study or self._study))
 
     def repair(self, ended: Mapping[int, EndedTrial], numbers: Sequence[int]) -> None:
         """Write the ends that MLflow missed, of trials that have one (`numbers`)."""
@@ -215,6 +222,20 @@ class Tracker:
         else:
             self.parent_run_id = parent.info.run_id
             client.update_run(self.parent_run_id, status="RUNNING")
+
+    def _mark_winner(self, number: int, study: str) -> None:
+        """Alone among the trials of both parts: more trials may have another winner."""
+        client = self._client()
+
+        def runs_with(name: str, tag: str, value: object) -> list[Any]:
+            query = f"tags.`{STUDY}` = '{name}' and tags.`{tag}` = '{value}'"
+            return _search(client, self.experiment_id, query)
+
+        for name in {study, self._study}:
+            for run in runs_with(name, WINNER, "true"):
+                client.delete_tag(run.info.run_id, WINNER)
+        for run in runs_with(study, TRIAL, number):
+            self._log(run.info.run_id, [], {}, {WINNER: "true"})
 
     def _start_trial(self, number: int) -> None:
         client = self._client()

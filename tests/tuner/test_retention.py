@@ -15,7 +15,12 @@ from tuner.retention import KEPT, StateKeeper
 
 
 def _context(folder: Path) -> Any:
-    return SimpleNamespace(state_path=lambda number: folder / str(number))
+    return SimpleNamespace(
+        state_path=lambda number: folder / str(number),
+        checkpoint_folder=lambda number: (
+            folder.with_name(f"{folder.name}-checkpoints") / f"{number}"
+        ),
+    )
 
 
 def _outcome(value: float | None) -> Outcome:
@@ -60,3 +65,17 @@ def test_earlier_sessions_count(tmp_path: Path) -> None:
     (tmp_path / "3").touch()
     keeper.trial_ended(3, {}, _outcome(0.55))
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "3"}
+
+
+@pytest.mark.parametrize("status", list(Status))
+def test_checkpoints_go_when_their_trial_has_ended(tmp_path: Path, status: Status) -> None:
+    context = _context(tmp_path)
+    for number in (1, 2):
+        context.checkpoint_folder(number).mkdir(parents=True)
+        (context.checkpoint_folder(number) / "last.pt").touch()
+    StateKeeper(context).trial_ended(1, {}, Outcome(status=status))
+    assert not context.checkpoint_folder(1).exists()
+    assert context.checkpoint_folder(2).exists()
+    # Left over by a kill between the trial's end and the deletion:
+    StateKeeper(context, [EndedTrial(number=2, settings={}, outcome=Outcome(status=status))])
+    assert not context.checkpoint_folder(2).exists()
