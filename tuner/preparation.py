@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from core.drop_path import set_drop_path
 from core.encoders import build_encoder
 from core.errors import InputError
 from core.metrics import prior_scores
@@ -16,13 +18,21 @@ from core.split import Split, make_split
 from core.table import Table, read_table
 
 from .addresses import canonical, check_tracking
-from .cluster import LOCAL, check_address
+from .cluster import LOCAL, ONE_WORKER, Share, check_address, check_share
 from .data import CheckedData, check_data, name_in
+from .finalists import AS_USUAL, FinalistOptions
 from .home import Home
 from .plan import feature_requests
 from .space import SearchSpace
 from .steps import showing_steps
-from .study import StudyRecord, check_name, free_name, refuse_used_name, stored_studies
+from .study import (
+    StudyRecord,
+    check_name,
+    finetune_name,
+    free_name,
+    refuse_used_name,
+    stored_studies,
+)
 from .tracking import tracked_studies
 
 if TYPE_CHECKING:
@@ -41,11 +51,17 @@ class SearchRequest:
     study: str | None = None
     """Name; None for the space's name and a number."""
     trials: int | None = None
-    """Trials in all; None for the space's."""
+    """Trials in all, of a two-part space those of its probe part; None for the space's."""
+    finetune_trials: int | None = None
+    """Trials of a two-part space's fine-tuning part; None for the space's."""
     hours: float | None = None
     """Time after which no cohort starts; None for no limit."""
     seed: int = 0
     address: str = LOCAL
+    share: Share = ONE_WORKER
+    """What a fine-tuning trial has of the cluster."""
+    finalists: FinalistOptions = AS_USUAL
+    """How the study ends."""
     storage: str | None = None
     """Optuna's URL; None for a journal file in the study's folder."""
     tracking_uri: str | None = None
@@ -68,8 +84,9 @@ def prepare(
     Raises InputError for anything that could not work.
     """
     _check_options(request)
+    two_parts = request.space.finetune is not None
     if request.study is not None:
-        refuse_used_name(home, request.study)
+        _refuse_used_names(home, request.study, two_parts=two_parts)
     table = read_table(**request.data, allow_missing=True)
     _check_classes(table, request.space.objective)
     model = request.model or table.name
@@ -79,8 +96,8 @@ def prepare(
     tracking_uri = canonical(tracking_uri)
     check_address(request.address)
     elsewhere = stored_studies(request.storage) | tracked_studies(tracking_uri, model)
-    name = request.study or free_name(home, request.space.name, elsewhere)
-    refuse_used_name(home, name, elsewhere)
+    name = request.study or free_name(home, request.space.name, elsewhere, two_parts=two_parts)
+    _refuse_used_names(home, name, elsewhere, two_parts=two_parts)
     _check_backbones(request)
     checked = check_with_progress(table, skip_bad=request.skip_bad_images, console=console)
     split = make_split(
@@ -96,6 +113,8 @@ def prepare(
         num_folds=request.num_folds,
         seed=request.seed,
         trials=request.trials or request.space.trials,
+        finetune_trials=_finetune_trials(request),
+        finalists=asdict(request.finalists),
         storage=None if request.storage is None else canonical(request.storage),
         tracking_uri=tracking_uri,
         model=model,
@@ -120,12 +139,28 @@ def check_with_progress(table: Table, *, skip_bad: bool, console: Console) -> Ch
     return checked
 
 
+def _refuse_used_names(
+    home: Home, name: str, elsewhere: Collection[str] = (), *, two_parts: bool
+) -> None:
+    """Raises InputError if a study has the name, or that of its fine-tuning part."""
+    refuse_used_name(home, name, elsewhere)
+    if two_parts:
+        check_name(finetune_name(name))
+        refuse_used_name(home, finetune_name(name), elsewhere)
+
+
+def _finetune_trials(request: SearchRequest) -> int | None:
+    finetune = request.space.finetune
+    return None if finetune is None else request.finetune_trials or finetune.trials
+
+
 def _check_options(request: SearchRequest) -> None:
     """What is wrong with the flags alone."""
+    check_share(request.share, finetunes=request.space.finetunes)
     if request.study is not None:
         check_name(request.study)
     if request.num_folds is not None:
-        if request.space.mode == "finetune":
+        if request.space.finetunes:
             raise InputError("folds are for probes", where="--folds", hint="leave it out")
         if request.num_folds < 2:
             raise InputError(
@@ -152,16 +187,38 @@ def _check_model_name(name: str) -> None:
 
 
 def _check_backbones(request: SearchRequest) -> None:
-    """Build every encoder once: weights that are missing or do not fit are said at once."""
+    """Build every encoder once: weights that are missing or do not fit are said at once, and
+    stochastic depth where there is nothing to skip."""
+    with_drop_path = {name for part in request.space.parts for name in _with_drop_path(part)}
     for backbone, size in sorted(
-        {(r.backbone, r.image_size) for r in feature_requests(request.space)}
+        {(r.backbone, r.image_size) for part in request.space.parts for r in feature_requests(part)}
     ):
-        build_encoder(
+        encoder = build_encoder(
             backbone,
             weights=request.weights,
             weights_dir=request.weights_dir,
             input_size=size or None,
         )
+        if backbone in with_drop_path and not set_drop_path(encoder.network, 0.1):
+            raise InputError(
+                f"{backbone} has no blocks that can be skipped, so it has no drop_path",
+                where=f"space {request.space.name}, drop_path",
+                hint="add `when: {backbone: ...}` with backbones built for it, such as "
+                "convnext_tiny",
+            )
+
+
+def _with_drop_path(space: SearchSpace) -> set[str]:
+    """Backbones that some trial of the space has with a drop path above 0."""
+    if "drop_path" not in space.parameters:
+        return set()
+    parameter = space.parameters["drop_path"]
+    found = set()
+    for values in space.assignments(["backbone", *parameter.parents()]):
+        branch = parameter.active(values)
+        if branch is not None and any(branch.domain.extremes()):
+            found.add(str(values["backbone"]))
+    return found
 
 
 def _check_classes(table: Table, objective: str) -> None:

@@ -2,6 +2,7 @@
 
     check -> study -> features -> rounds of cohorts -> finalists -> winner -> MLflow
 
+A space of two parts has the middle twice: probes, then fine-tuning that starts from the best.
 What a person can get wrong is found before the first trial starts. The study's state is in
 Optuna's storage; an interrupted study is taken up by running the same steps on it again.
 """
@@ -9,30 +10,32 @@ Optuna's storage; an interrupted study is taken up by running the same steps on 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from core.errors import InputError
-from core.precision import inference_precision
 from core.split import Split
 from core.table import Table
 
 from .addresses import check_tracking
-from .cache import holding, make_room, pruned_lines
-from .cluster import LOCAL, Workers, check_address, cluster
-from .context import Context
+from .cluster import LOCAL, ONE_WORKER, Share, Workers, check_address, check_share, cluster
 from .data import reread_table
-from .extraction import extract
-from .home import LIMIT_VARIABLE, Home
-from .live import StudyView
-from .plan import Plan, make_plan
+from .finalists import AS_USUAL, FinalistOptions
+from .home import Home
+from .parts import (
+    begin_finetune_study,
+    finetune_study,
+    first_part,
+    make_plans,
+)
+from .plan import Plan
 from .preparation import SearchRequest, objective_floor, prepare
-from .steps import ExtractionView, showing_steps
-from .study import Study, create_study, stored_studies
-from .tracking import Tracker
-from .trials import run_trials
-from .winner import Result, crown_and_register
+from .probe_heads import keep_heads
+from .seeds import choose_seeds, seeds_text
+from .session import Part, Session, tracked, trials_run
+from .study import Study, create_study, stored_studies, trial_records
+from .winner import Result, best_candidates, crown_and_register
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,11 +50,18 @@ class SearchEnd:
     """The winner; None if the study was interrupted: `tuner resume` goes on."""
     floor: float
     """The objective that always answering the commonest classes reaches on validation."""
+    finetune: Study | None = None
+    """The fine-tuning part of a two-part study, if it has begun."""
 
 
 def search(request: SearchRequest, home: Home, console: Console) -> SearchEnd:
     """Run a new study to its end. Raises InputError for what cannot work, before it starts."""
-    plan = make_plan(request.space, trials=request.trials, hours=request.hours)
+    plans = make_plans(
+        request.space,
+        trials=request.trials,
+        finetune_trials=request.finetune_trials,
+        hours=request.hours,
+    )
     record, table, split = prepare(request, home, console)
     study = create_study(home, record)
     try:
@@ -62,8 +72,9 @@ def search(request: SearchRequest, home: Home, console: Console) -> SearchEnd:
         raise
     try:
         return run(
-            study, home, console, plan=plan, table=table, split=split, address=request.address
-        )
+            study, home, console, plans=plans, table=table, split=split,
+            address=request.address, share=request.share, options=request.finalists,
+        )  # fmt: skip
     except InputError:
         if not study.optuna().get_trials(deepcopy=False):
             study.discard()
@@ -76,21 +87,38 @@ def resume(
     console: Console,
     *,
     trials: int | None = None,
+    finetune_trials: int | None = None,
     hours: float | None = None,
     address: str = LOCAL,
+    share: Share = ONE_WORKER,
+    finalists: Mapping[str, Any] | None = None,
 ) -> SearchEnd:
-    """Take up an interrupted study, or add trials to a finished one.
+    """Take up an interrupted study, or add trials to a finished one; both parts of a two-part one.
 
+    `finalists` are arguments of `FinalistOptions` that differ from what the study began with.
     Raises InputError if its data changed, or MLflow, Ray or the storage does not answer.
     """
-    record = study.record
-    plan = make_plan(study.space(), trials=record.trials if trials is None else trials, hours=hours)
+    record, space = first_part(study).record, study.space()
+    options = FinalistOptions(**(record.finalists | dict(finalists or {})))
+    check_share(share, finetunes=space.finetunes)
+    plans = make_plans(
+        space,
+        trials=record.trials if trials is None else trials,
+        finetune_trials=record.finetune_trials if finetune_trials is None else finetune_trials,
+        hours=hours,
+    )
     check_tracking(record.tracking_uri)
     stored_studies(record.storage)
     check_address(address)
     table = reread_table(dict(record.data), skipped=record.skipped, fingerprint=record.fingerprint)
     split = Split.load(study.split_path, table)
-    return run(study, home, console, plan=plan, table=table, split=split, address=address)
+    if trials is None and finetune_study(home, study) is not None:
+        # The probe part is over, perhaps by the clock: its further trials would seed nothing.
+        plans = replace(plans[0], trials=len(list(trial_records(study.optuna(), space)))), plans[1]
+    return run(
+        study, home, console, plans=plans, table=table, split=split, address=address, share=share,
+        options=options,
+    )  # fmt: skip
 
 
 def run(
@@ -98,116 +126,73 @@ def run(
     home: Home,
     console: Console,
     *,
-    plan: Plan,
+    plans: tuple[Plan, Plan | None],
     table: Table,
     split: Split,
     address: str,
+    share: Share = ONE_WORKER,
+    options: FinalistOptions = AS_USUAL,
 ) -> SearchEnd:
-    """Features, trials, finalists, model; on an interruption, what is there is kept."""
-    space = study.space()
-    floor = objective_floor(space.objective, table, split)
-    tracker = Tracker(
-        study.record.tracking_uri,
-        experiment=study.record.model,
-        artifacts=home.artifacts,
-        study=study.record.name,
-        objective=space.objective,
-        floor=floor,
+    """Features, trials, finalists, model; on an interruption, what is there is kept.
+
+    The probes of a two-part study are not scored by themselves: the best of them compete with the
+    fine-tuned trials, and one winner sees the test split.
+    """
+    floor = objective_floor(study.space().objective, table, split)
+    session = Session(
+        home=home, console=console, table=table, split=split, floor=floor, share=share
     )
-    view = StudyView(console, space, budget=plan.trials, floor=floor)
+    plan, finetune_plan = plans
     result = None
     try:
-        tracker.start_study(
-            _study_params(study, table, split), [study.folder / "study.json", study.split_path]
-        )
-        view.announce(study.record.name, table, split)
-        with cluster(address) as workers:
-            context = _context(study, home, table, split, plan, workers)
-            features = _extract(context, plan, workers, home, console)
-            tracker.flush()
-            with holding(features.values()):
-                if run_trials(
-                    study, space, context, plan, workers,
-                    features=features, tracker=tracker, view=view,
-                ):  # fmt: skip
+        with tracked(session, study) as tracker, cluster(address) as workers:
+            if session.share != ONE_WORKER:
+                workers.for_trials(share)  # Refused now, and not after the probes.
+            with trials_run(session, study, plan, workers, tracker) as part:
+                if part.done and finetune_plan is None:
                     result = crown_and_register(
-                        study, space, context, workers, features, tracker, console
-                    )
-        tracker.end_study("FINISHED" if result else "KILLED")
+                        study, part.space, part.context, workers, part.features, tracker, console,
+                        options=options, share=share,
+                    )  # fmt: skip
+                tracker.end_study("FINISHED" if part.done else "KILLED")
+                if part.done and finetune_plan is not None:
+                    result = _finetune(session, part, finetune_plan, workers, options)
     except KeyboardInterrupt:
-        tracker.end_study("KILLED")
-    except InputError:
-        if not study.optuna().get_trials(deepcopy=False):
-            tracker.withdraw_study()
-        raise
-    finally:
-        tracker.close()
-    return SearchEnd(study=study, result=result, floor=floor)
+        pass  # An end without a result says so; the runs are closed.
+    finetune = finetune_study(home, study) if finetune_plan else None
+    return SearchEnd(study=study, result=result, floor=floor, finetune=finetune)
 
 
-def _context(
-    study: Study, home: Home, table: Table, split: Split, plan: Plan, workers: Workers
-) -> Context:
-    record = study.record
-    return Context(
-        study=record.name,
-        table=table,
-        split=split,
-        pictures=table.picture_fingerprint(),
-        objective=study.space().objective,
-        seed=record.seed,
-        cache=home.cache,
-        folder=study.folder,
-        weights=record.weights,
-        weights_dir=Path(record.weights_dir) if record.weights_dir else None,
-        rungs=plan.rungs,
-        precision=inference_precision("cuda" if workers.gpus else "cpu"),
-        num_threads=workers.num_threads,
-    )
-
-
-def _extract(
-    context: Context, plan: Plan, workers: Workers, home: Home, console: Console
-) -> dict[Any, str]:
-    from .channel import start_channel
-
-    pruned = make_room(
-        home.cache,
-        home.cache_limit,
-        plan.requests,
-        pictures=context.pictures,
-        num_images=context.table.num_images,
-    )
-    if pruned is not None:
-        console.print(f"making room in the cache ({LIMIT_VARIABLE}):", highlight=False)
-        console.print("\n".join(f"  {line}" for line in pruned_lines(pruned)), highlight=False)
-    with showing_steps(console) as steps:
-        return extract(
-            context,
-            plan.requests,
-            start_channel(),
-            num_workers=workers.count,
-            cpus_per_worker=workers.cpus,
-            gpus_per_worker=workers.gpus,
-            watch=ExtractionView(steps),
+def _finetune(
+    session: Session, probes: Part, plan: Plan, workers: Workers, options: FinalistOptions
+) -> Result | None:
+    """The second part: seeded by the best probes, which compete with its trials at the end."""
+    trials = tuple(trial_records(probes.study.optuna(), probes.space))
+    study = finetune_study(session.home, probes.study)
+    if study is None:
+        seeds = choose_seeds(trials, probes.space)
+        session.console.print(seeds_text(seeds), highlight=False, soft_wrap=True)
+        study = begin_finetune_study(session.home, probes.study, seeds)
+    with session.console.status("keeping the heads of the best probes"):
+        without = keep_heads(
+            study.folder, study.space(), trials, probes.features, probes.context, workers
         )
-
-
-def _study_params(study: Study, table: Table, split: Split) -> dict[str, Any]:
-    record = study.record
-    return {
-        "space": record.space["name"],
-        "mode": record.space["mode"],
-        "sampler": record.space["sampler"]["name"],
-        "pruner": record.space["pruner"]["name"],
-        "objective": record.space["objective"],
-        "seed": record.seed,
-        "data": record.data["data"],
-        "num_images": table.num_images,
-        "num_classes": table.num_classes,
-        "num_train": len(split.train),
-        "num_validation": len(split.validation),
-        "num_test": len(split.test),
-        "num_folds": record.num_folds or 1,
-        "weights": record.weights_dir or record.weights,
-    }
+    if without:
+        text = f"no complete probe, so these heads start at random: {'; '.join(without)}"
+        session.console.print(text, highlight=False, soft_wrap=True)
+    with (
+        tracked(session, study) as tracker,
+        trials_run(session, study, plan, workers, tracker) as part,
+    ):
+        result = None
+        if part.done:
+            record = probes.study.record
+            rivals = best_candidates(
+                trials, probes.features, record.seed, study=record.name, count=options.count
+            )
+            result = crown_and_register(
+                study, part.space, part.context, workers, part.features, tracker,
+                session.console, rivals=rivals, options=options, share=session.share,
+            )  # fmt: skip
+        tracker.end_study("FINISHED" if result else "KILLED")
+    return result

@@ -32,7 +32,10 @@ _SHIPPED = Path(__file__).parents[1] / "search_spaces"
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSpace:
-    """What a study searches. Made by `load_space` or `parse_space`, which check it."""
+    """What a study searches. Made by `load_space` or `parse_space`, which check it.
+
+    A space of two parts is its probe part, with the part that goes on from there in `finetune`.
+    """
 
     name: str
     description: str
@@ -50,6 +53,10 @@ class SearchSpace:
     """By name; those that conditions read come before those that they decide."""
     points: tuple[dict[str, Any], ...] = ()
     """Flat mappings to try first; a parameter left out is left to the sampler."""
+    finetune: SearchSpace | None = None
+    """What the best probes of this space are fine-tuned in."""
+    from_probes: int = 0
+    """How many of the best probes are the first points of `finetune`."""
 
     def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
         """The settings of `trial`: a flat, JSON-able mapping for `TrialConfig.from_dict`."""
@@ -97,6 +104,23 @@ class SearchSpace:
         from .space_points import point_to_params
 
         return point_to_params(point, mode=self.mode, parameters=self.parameters)
+
+    def fit(self, settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """The part of `settings`, made in another space, that a point of this one can hold, and
+        the names of the rest."""
+        from .space_points import fitting_point
+
+        return fitting_point(settings, mode=self.mode, parameters=self.parameters)
+
+    @property
+    def parts(self) -> list[SearchSpace]:
+        """The space, and what its best are fine-tuned in, if there is that."""
+        return [self] if self.finetune is None else [self, self.finetune]
+
+    @property
+    def finetunes(self) -> bool:
+        """Whether it has fine-tuning trials, in this part or the next."""
+        return self.mode == "finetune" or self.finetune is not None
 
     @property
     def max_epochs(self) -> int:
@@ -157,11 +181,15 @@ class SearchSpace:
 
     def to_dict(self) -> dict[str, Any]:
         """As YAML or JSON; `parse_space` reads it back."""
+        shared = {"name": self.name, "description": self.description, "objective": self.objective}
+        if self.finetune is None:
+            return {**shared, "mode": self.mode, **self._part()}
+        finetune = {"from_probes": self.from_probes, **self.finetune._part()}
+        return {**shared, "probe": self._part(), "finetune": finetune}
+
+    def _part(self) -> dict[str, Any]:
+        """What each part of a space has for itself."""
         return {
-            "name": self.name,
-            "description": self.description,
-            "mode": self.mode,
-            "objective": self.objective,
             "trials": self.trials,
             "cohort_size": self.cohort_size,
             "sampler": {"name": self.sampler.name, **self.sampler.options},
@@ -173,8 +201,13 @@ class SearchSpace:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of what decides which trials there can be and how they are compared: mode,
         objective and parameters. A study may be resumed with more trials or another sampler."""
-        whole = self.to_dict()
-        part = {key: whole[key] for key in ("mode", "objective", "parameters")}
+        part: dict[str, Any] = {
+            "mode": self.mode,
+            "objective": self.objective,
+            "parameters": {name: p.to_dict() for name, p in self.parameters.items()},
+        }
+        if self.finetune is not None:
+            part["finetune"] = self.finetune.fingerprint()
         return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
 
 

@@ -16,7 +16,24 @@ from .space_corners import branch_path, check_corners
 from .space_domain import Branch, Constant, Parameter, Value, plain
 from .space_source import Source
 
-FINETUNE_ONLY = ("unfrozen_stages", "head_lr_multiplier", "horizontal_flip")
+FINETUNE_ONLY = (
+    "unfrozen_stages",
+    "unfreeze_epochs",
+    "layer_lr_decay",
+    "head_lr_multiplier",
+    "head_start",
+    "accumulation_steps",
+    "clip_norm",
+    "ema_decay",
+    "batch_norm",
+    "drop_path",
+    "horizontal_flip",
+    "min_crop_scale",
+    "randaugment_magnitude",
+    "randaugment_ops",
+    "mixup_alpha",
+    "cutmix_alpha",
+)
 """Settings that a probe does not read: searching them would be searching noise."""
 PROBE_ONLY = ("views",)
 """Settings that fine-tuning does not read: it sees pictures, not cached features."""
@@ -58,11 +75,16 @@ def in_order(parameters: Mapping[str, Parameter], source: Source) -> dict[str, P
     return ordered
 
 
-def check_space(space: SearchSpace, source: Source) -> None:
-    """Raises InputError, with file, line and key, for the first thing that cannot be searched."""
+def check_space(space: SearchSpace, source: Source, *, after_probes: bool = False) -> None:
+    """Raises InputError, with file, line and key, for the first thing that cannot be searched.
+
+    `after_probes`: fine-tuning that a probe part comes before.
+    """
     for parameter in space.parameters.values():
         _check_conditions(space, parameter, source)
     _check_scope(space, source)
+    if not after_probes:
+        _check_head_start(space, source)
     _check_backbones(space, source)
     check_corners(space, source)
     for what, build in (
@@ -129,9 +151,29 @@ def _check_scope(space: SearchSpace, source: Source) -> None:
                 f"{name} is not read by {reader}",
                 "parameters",
                 name,
-                hint="leave it out, or write `mode: finetune` at the top"
-                if probing
-                else "leave it out; horizontal_flip is there",
+                hint=_where_read(probing, in_part=bool(source.part)),
+            )
+
+
+def _where_read(probing: bool, *, in_part: bool) -> str:
+    """What to do about a setting that the mode does not read."""
+    if not probing:
+        return "leave it out; horizontal_flip and min_crop_scale are there"
+    if in_part:
+        return "leave it out, or move it to the `finetune` part"
+    return "leave it out, or write `mode: finetune` at the top"
+
+
+def _check_head_start(space: SearchSpace, source: Source) -> None:
+    """A head starts from a probe only where probes were searched before."""
+    parameter = space.parameters.get("head_start")
+    for index, branch in enumerate(parameter.branches if parameter else ()):
+        if "probe" in (branch.domain.values() or ()):
+            assert parameter is not None
+            raise source.error(
+                "there are no probes that a head could start from",
+                *branch_path(parameter, index),
+                hint="leave it out, or write a space with a `probe` and a `finetune` part",
             )
 
 

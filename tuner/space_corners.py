@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -49,16 +50,33 @@ def check_corners(space: SearchSpace, source: Source) -> None:
                 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Reader:
+    """Which values of another setting make a setting be read."""
+
+    decider: str
+    values: frozenset[Value] | None
+    """The values that read it; None: all but 0."""
+
+    def reads(self, value: Value) -> bool:
+        return value != 0 if self.values is None else value in self.values
+
+    def condition(self, taken: Collection[Value]) -> str:
+        """The `when:` to write, of the values that the decider takes."""
+        values = sorted(map(str, self.values)) if self.values else map(plain, taken)
+        reading = [str(value) for value in values if value != 0]
+        return f"{{{self.decider}: [{', '.join(reading)}]}}"
+
+
 @cache
-def _readers() -> dict[str, tuple[str, frozenset[str]]]:
-    """Setting -> (the setting that decides whether it is read, the values that read it), from the
-    registries."""
+def _readers() -> dict[str, _Reader]:
+    """Setting -> the setting that decides whether it is read, most of them from the registries."""
     from core.heads import HEADS
     from core.losses import LOSSES
     from core.optimizers import OPTIMIZERS
     from core.schedules import SCHEDULES
 
-    readers: dict[str, tuple[str, frozenset[str]]] = {}
+    readers: dict[str, _Reader] = {}
     kinds: dict[str, Mapping[str, Any]] = {
         "head": HEADS,
         "loss": LOSSES,
@@ -68,27 +86,48 @@ def _readers() -> dict[str, tuple[str, frozenset[str]]]:
     for decider, registry in kinds.items():
         for name in {name for record in registry.values() for name in record.parameters}:
             reading = frozenset(k for k, record in registry.items() if name in record.parameters)
-            readers[name] = (decider, reading)
+            readers[name] = _Reader(decider=decider, values=reading)
+    pooled = frozenset(kind for kind, head in HEADS.items() if not head.spatial)
     for name in ("pooling", "blocks"):
-        readers[name] = ("head", frozenset(k for k, head in HEADS.items() if not head.spatial))
+        readers[name] = _Reader(decider="head", values=pooled)
+    for name in ("unfreeze_epochs", "layer_lr_decay", "batch_norm"):
+        readers[name] = _Reader(decider="unfrozen_stages", values=None)
+    readers["randaugment_ops"] = _Reader(decider="randaugment_magnitude", values=None)
     return readers
+
+
+def is_read(name: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a trial with `settings` reads its setting `name`."""
+    reader = _readers().get(name)
+    if reader is None:
+        return True
+    return reader.reads(settings.get(reader.decider, getattr(TrialConfig, reader.decider)))
 
 
 def _check_read(space: SearchSpace, source: Source, values: Mapping[str, Value]) -> None:
     """Nothing is searched where it is not read: the sampler would learn from noise."""
-    for name, (decider, reading) in _readers().items():
-        if name not in values:
+    for name, reader in _readers().items():
+        if name not in values or is_read(name, values):
             continue
-        decided = values.get(decider, getattr(TrialConfig, decider))
         parameter = space.parameters[name]
         index = next(i for i, branch in enumerate(parameter.branches) if branch.holds(values))
-        if decided in reading or len(parameter.branches[index].domain.extremes()) == 1:
+        if len(parameter.branches[index].domain.extremes()) == 1:
             continue
+        decider = reader.decider
+        decided = values.get(decider, getattr(TrialConfig, decider))
         raise source.error(
             f"{name} is searched where {decider} is {decided}, which does not read it",
             *branch_path(parameter, index),
-            hint=f"add `when: {{{decider}: [{', '.join(sorted(reading))}]}}`",
+            hint=_read_hint(space, reader),
         )
+
+
+def _read_hint(space: SearchSpace, reader: _Reader) -> str:
+    if reader.decider not in space.parameters:
+        return f"leave it out, or give {reader.decider}, too"
+    branches = space.parameters[reader.decider].branches
+    taken = [value for branch in branches for value in branch.domain.values() or ()]
+    return f"add `when: {reader.condition(taken)}`"
 
 
 def _corner_error(
@@ -97,7 +136,8 @@ def _corner_error(
     """The refusal of a corner at the key to blame, with the settings that lead there."""
     key = error.where or "backbone"
     # Of settings left out, such as an mlp's hidden sizes, what reads them is to blame.
-    decider = _readers().get(key, (key,))[0]
+    reader = _readers().get(key)
+    decider = reader.decider if reader else key
     place = next((name for name in (key, decider) if name in space.parameters), None)
     if place is None:
         return source.error(error.problem, "parameters", hint=error.hint)

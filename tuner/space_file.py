@@ -34,7 +34,7 @@ from .space_source import Source, read_yaml, validated
 FIELDS = {f.name: str(f.type) for f in dataclasses.fields(TrialConfig)}
 """The parameters there can be, with the annotation of each."""
 
-NUMBERS = ("int", "int | None", "float")
+NUMBERS = ("int", "int | None", "float", "float | None")
 """The annotations that a range fits."""
 
 
@@ -45,19 +45,12 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class SpaceSection(_Section):
-    """A search space: the parameters of a study, their ranges, and when each of them exists."""
+Objective = Literal["top3_accuracy", "mean_average_precision"]
 
-    name: str = Field(default="", description="Default: the file's name without its ending.")
-    description: str = Field(default="", description="One line for `tuner space list`.")
-    mode: Literal["probe", "finetune"] = Field(
-        default="probe",
-        description="probe: train heads on features of frozen backbones; finetune: train backbone "
-        "layers too.",
-    )
-    objective: Literal["top3_accuracy", "mean_average_precision"] = Field(
-        default="top3_accuracy", description="The validation metric to maximise."
-    )
+
+class PartSection(_Section):
+    """What each part of a two-part space has, and a space of one part beside its name."""
+
     trials: int = Field(default=100, ge=1, description="How many trials, unless --trials is given.")
     cohort_size: int = Field(default=32, ge=1, description="Trials asked for in one round.")
     sampler: Any = Field(default="tpe", description="Who proposes trials.")
@@ -68,6 +61,52 @@ class SpaceSection(_Section):
     points: list[dict[str, Any]] = Field(
         default=[], description="Trials to start with; what is left out, the sampler chooses."
     )
+
+
+class SpaceSection(PartSection):
+    """A search space: the parameters of a study, their ranges, and when each of them exists."""
+
+    name: str = Field(default="", description="Default: the file's name without its ending.")
+    description: str = Field(default="", description="One line for `tuner space list`.")
+    mode: Literal["probe", "finetune"] = Field(
+        default="probe",
+        description="probe: train heads on features of frozen backbones; finetune: train backbone "
+        "layers too.",
+    )
+    objective: Objective = Field(
+        default="top3_accuracy", description="The validation metric to maximise."
+    )
+
+
+class FinetuneSection(PartSection):
+    """The second part of a two-part space: fine-tuning that starts from the best probes."""
+
+    trials: int = Field(
+        default=100, ge=1, description="How many trials, unless --finetune-trials is given."
+    )
+    from_probes: int = Field(
+        default=4, ge=0, description="How many of the best probes are its first points."
+    )
+
+
+class TwoPartSection(_Section):
+    """A search space of two parts: probes first, then fine-tuning that starts from the best."""
+
+    name: str = Field(default="", description="Default: the file's name without its ending.")
+    description: str = Field(default="", description="One line for `tuner space list`.")
+    objective: Objective = Field(
+        default="top3_accuracy", description="The validation metric to maximise, in both parts."
+    )
+    probe: dict[str, Any] = Field(
+        description="Heads on features of frozen backbones; what `mode: probe` searches."
+    )
+    finetune: dict[str, Any] = Field(
+        description="Backbone layers too, from the best probes on; what `mode: finetune` searches."
+    )
+
+
+PARTS = ("probe", "finetune")
+"""The keys of a space's parts."""
 
 
 class ConstantSection(_Section):
@@ -100,16 +139,53 @@ def read_space_file(path: Path) -> tuple[dict[str, Any], Source]:
 
 
 def parse_space(
-    values: Mapping[str, Any], *, name: str = "", source: Source | None = None
+    values: Mapping[str, Any],
+    *,
+    name: str = "",
+    source: Source | None = None,
+    after_probes: bool = False,
 ) -> SearchSpace:
     """A checked space from the mapping that a file holds or `SearchSpace.to_dict` returned.
 
-    `name` is taken if the mapping has none. Raises InputError that points at file, line and key.
+    `name` is taken if the mapping has none. `after_probes`: it is the fine-tuning part of another
+    space by itself. Raises InputError that points at file, line and key.
     """
+    source = source or Source(name=name or str(values.get("name", "search space")))
+    if any(part in values for part in PARTS):
+        return _parse_two_parts(values, name, source)
+    section = validated(SpaceSection, dict(values), source)
+    shared = {
+        "name": section.name or name,
+        "description": section.description,
+        "objective": section.objective,
+        "mode": section.mode,
+    }
+    return _parse_part(section, shared, source, after_probes=after_probes)
+
+
+def _parse_two_parts(values: Mapping[str, Any], name: str, source: Source) -> SearchSpace:
+    """The probe part, which holds the fine-tuning part."""
+    written = validated(TwoPartSection, dict(values), source)
+    shared = {
+        "name": written.name or name,
+        "description": written.description,
+        "objective": written.objective,
+    }
+    below = source.below("probe")
+    section = validated(PartSection, written.probe, below)
+    probe = _parse_part(section, {**shared, "mode": "probe"}, below)
+    below = source.below("finetune")
+    further = validated(FinetuneSection, written.finetune, below)
+    finetune = _parse_part(further, {**shared, "mode": "finetune"}, below, after_probes=True)
+    return dataclasses.replace(probe, finetune=finetune, from_probes=further.from_probes)
+
+
+def _parse_part(
+    section: PartSection, shared: Mapping[str, Any], source: Source, *, after_probes: bool = False
+) -> SearchSpace:
+    """A checked space of one part; `shared`: its name, description, objective and mode."""
     from .space_check import check_space, in_order
 
-    source = source or Source(name=name or str(values.get("name", "search space")))
-    section = validated(SpaceSection, dict(values), source)
     sampler = SamplerSpec(**_split_name(section.sampler, "sampler", source))
     check_name("sampler", sampler.name, SAMPLERS, source)
     check_options("sampler", sampler, SAMPLERS[sampler.name].options, source)
@@ -120,10 +196,7 @@ def parse_space(
         key: _parse_parameter(key, written, source) for key, written in section.parameters.items()
     }
     space = SearchSpace(
-        name=section.name or name,
-        description=section.description,
-        mode=section.mode,
-        objective=section.objective,
+        **shared,
         trials=section.trials,
         cohort_size=section.cohort_size,
         sampler=sampler,
@@ -131,7 +204,7 @@ def parse_space(
         parameters=in_order(parameters, source),
         points=tuple(section.points),
     )
-    check_space(space, source)
+    check_space(space, source, after_probes=after_probes)
     return space
 
 
@@ -156,7 +229,8 @@ def _parse_parameter(name: str, written: Any, source: Source) -> Parameter:
     """A parameter from a scalar, a list of values, a mapping, or a list of such mappings."""
     path = ("parameters", name)
     if name == "mode":
-        raise source.error("mode is for all trials", *path, hint="write `mode:` at the top")
+        hint = "the part says it" if source.part else "write `mode:` at the top"
+        raise source.error("mode is for all trials", *path, hint=hint)
     if name not in FIELDS:
         raise source.unknown("parameter", name, FIELDS.keys() - {"mode"}, *path)
     if isinstance(written, list) and written and all(isinstance(w, dict) for w in written):
@@ -217,7 +291,7 @@ def _choice(name: str, written: list[Any], source: Source, *path: str | int) -> 
 
 def _range(name: str, section: RangeSection, source: Source, *path: str | int) -> Range:
     kind = FIELDS[name]
-    if kind not in ("int", "float", "int | None"):
+    if kind not in NUMBERS:
         raise source.error(f"{name} is not a number", *path, hint="write {choice: [...]}")
     low, high = (_value(name, getattr(section, k), source, *path, k) for k in ("low", "high"))
     assert isinstance(low, (int, float)) and isinstance(high, (int, float))
@@ -227,7 +301,7 @@ def _range(name: str, section: RangeSection, source: Source, *path: str | int) -
         raise source.error(f"a log range starts above 0, but got {low=}", *path, "low")
     step = section.step
     if step is None:
-        return Range(low=low, high=high, log=section.log, whole=kind != "float")
+        return Range(low=low, high=high, log=section.log, whole=not kind.startswith("float"))
     if section.log:
         raise source.error("a log range has no step", *path, "step")
     _value(name, step, source, *path, "step")
@@ -235,7 +309,7 @@ def _range(name: str, section: RangeSection, source: Source, *path: str | int) -
         raise source.error(
             f"that is more than {MAX_STEPS:,} steps", *path, "step", hint="leave the step out"
         )
-    stepped = Range(low=low, high=high, step=step, whole=kind != "float")
+    stepped = Range(low=low, high=high, step=step, whole=not kind.startswith("float"))
     if not stepped.contains(high):
         raise source.error(
             f"steps of {step:g} from {low:g} do not end at {high:g}",

@@ -56,6 +56,36 @@ def point_to_params(
     return params
 
 
+def fitting_point(
+    settings: Mapping[str, Any], *, mode: str, parameters: Mapping[str, Parameter]
+) -> tuple[dict[str, Any], list[str]]:
+    """The part of a trial's `settings`, made in another space, that a point of this one can hold,
+    and the names of those that it cannot: the sampler chooses them, if the space has them.
+
+    What is left out takes along the settings whose existence hangs on it.
+    """
+    point: dict[str, Any] = {}
+    values: dict[str, Value] = {"mode": mode}
+    chosen_later: set[str] = set()
+    left_out = [name for name in settings if name not in parameters]
+    for parameter in parameters.values():
+        name = parameter.name
+        branch, unknown = _decide(parameter, values, chosen_later)
+        if branch is not None and name in settings:
+            value = coerce_value(name, settings[name])
+            if branch.domain.contains(value):
+                point[name] = plain(value)
+                values[name] = value
+                continue
+        if name in settings:
+            left_out.append(name)
+        if branch is not None and isinstance(branch.domain, Constant):
+            values[name] = branch.domain.value
+        elif branch is not None or unknown:
+            chosen_later.add(name)
+    return point, left_out
+
+
 def _decide(
     parameter: Parameter, values: Mapping[str, Value], left_out: set[str]
 ) -> tuple[Branch | None, list[str]]:

@@ -16,10 +16,26 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from core.config import CLASS_WEIGHTS, FEATURE_NORMS, TrialConfig
+from core.config import (
+    BATCH_NORMS,
+    CLASS_WEIGHTS,
+    FEATURE_NORMS,
+    HEAD_STARTS,
+    TrialConfig,
+)
 
 from .sampling import PRUNERS, SAMPLERS
-from .space_file import FIELDS, NUMBERS, ChoiceSection, ConstantSection, RangeSection, SpaceSection
+from .space_file import (
+    FIELDS,
+    NUMBERS,
+    ChoiceSection,
+    ConstantSection,
+    FinetuneSection,
+    PartSection,
+    RangeSection,
+    SpaceSection,
+    TwoPartSection,
+)
 
 Schema = dict[str, Any]
 
@@ -29,38 +45,53 @@ _TYPES: dict[str, tuple[str, Schema]] = {
     "int": ("integer", {"type": "integer"}),
     "int | None": ("integer_or_null", {"type": ["integer", "null"]}),
     "float": ("number", {"type": "number"}),
+    "float | None": ("number_or_null", {"type": ["number", "null"]}),
     "tuple[int, ...]": ("widths", {"type": "array", "items": {"type": "integer", "minimum": 1}}),
 }
 """Annotation of a field of `TrialConfig` -> the name and the schema of one value."""
 
 
 def json_schema() -> Schema:
-    """The schema (draft 2020-12) that every search space's file fits."""
+    """The schema (draft 2020-12) that every search space's file fits: of one part, or of two."""
     names = [name for name in FIELDS if name != "mode"]
     documentation = _documentation()
     values = {name: _value(name) for name in names}
-    schema = _untitled(SpaceSection.model_json_schema())
-    properties = schema["properties"]
-    properties["sampler"] |= _kinds_schema({n: kind.options for n, kind in SAMPLERS.items()})
-    properties["pruner"] |= _kinds_schema({n: kind.options for n, kind in PRUNERS.items()})
-    properties["parameters"] |= _closed(
+    parameters = _closed(
         {n: {"description": documentation[n], "$ref": f"#/$defs/{_type(n)[0]}"} for n in names}
     )
-    properties["parameters"]["required"] = ["backbone"]
-    properties["points"]["items"] = _closed(values)
     when = _closed({name: {"anyOf": [values[name], _several(values[name])]} for name in names})
     kinds = {_type(name)[0]: name for name in names}
+    two_parts = _untitled(TwoPartSection.model_json_schema())
+    for key, model in (("probe", PartSection), ("finetune", FinetuneSection)):
+        description = two_parts["properties"][key]["description"]
+        two_parts["properties"][key] = {**_part(model), "description": description}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "poster-tuner search space",
-        **schema,
+        "anyOf": [_part(SpaceSection), two_parts],
         "$defs": {
+            "parameters": parameters | {"required": ["backbone"]},
+            "points": {"type": "array", "items": _closed(values)},
+            "sampler": _kinds_schema({n: kind.options for n, kind in SAMPLERS.items()}),
+            "pruner": _kinds_schema({n: kind.options for n, kind in PRUNERS.items()}),
             "when": when,
             **{f"one_{kind}": _type(name)[1] for kind, name in kinds.items()},
             **{f"when_{kind}": _mapping(name) for kind, name in kinds.items()},
             **{kind: _parameter(name) for kind, name in kinds.items()},
         },
     }
+
+
+def _part(model: type[BaseModel]) -> Schema:
+    """A part of a space, or a space of one part."""
+    schema = _untitled(model.model_json_schema())
+    for name in ("sampler", "pruner", "parameters", "points"):
+        schema["properties"][name] = {
+            key: value
+            for key, value in schema["properties"][name].items()
+            if key in ("description", "default")
+        } | {"$ref": f"#/$defs/{name}"}
+    return schema
 
 
 def write_schema(path: Path) -> None:
@@ -94,6 +125,8 @@ def _entries() -> dict[str, Any]:
         "loss": LOSSES,
         "optimizer": OPTIMIZERS,
         "schedule": SCHEDULES,
+        "batch_norm": BATCH_NORMS,
+        "head_start": HEAD_STARTS,
     }
 
 
@@ -121,7 +154,7 @@ def _mapping(name: str) -> Schema:
         _section(ChoiceSection, choice=_several(_value(name))),
     ]
     if FIELDS[name] in NUMBERS:
-        number = {"type": "number" if FIELDS[name] == "float" else "integer"}
+        number = {"type": "number" if FIELDS[name].startswith("float") else "integer"}
         sections.append(_section(RangeSection, low=number, high=number))
     return {"anyOf": sections}
 

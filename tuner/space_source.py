@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -28,9 +28,16 @@ class Source:
 
     name: str
     lines: Mapping[KeyPath, int] = field(default_factory=dict)
+    part: KeyPath = ()
+    """Where in it the paths begin: a part of a space that has two."""
+
+    def below(self, key: str) -> Source:
+        """The same for what stands under `key`."""
+        return replace(self, part=(*self.part, key))
 
     def where(self, *path: str | int) -> str:
         """`probe.yaml, line 12, parameters.lr.low`."""
+        path = (*self.part, *path)
         known = next((p for p in _prefixes(path) if p in self.lines), None)
         line = f", line {self.lines[known]}" if known is not None else ""
         return f"{self.name}{line}" + (f", {dotted(path)}" if path else "")

@@ -58,6 +58,12 @@ class StudyRecord:
     """Name under which the winner is registered."""
     weights: str
     weights_dir: str | None
+    finetune_trials: int | None = None
+    """Budget of the fine-tuning part; None for a study of one part."""
+    after: str | None = None
+    """Of a fine-tuning part: the study of the probes that it starts from."""
+    finalists: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """How it ends: arguments of `tuner.finalists.FinalistOptions`; those that lack are as usual."""
     format: int = FORMAT
 
 
@@ -67,7 +73,7 @@ class TrialRecord:
 
     number: int
     status: str
-    """`complete`, `pruned`, `failed`, or `running`."""
+    """`complete`, `pruned`, `failed`, `infeasible`, or `running`."""
     reason: str
     value: float | None
     """Best validation objective; of a pruned trial, the best it reached."""
@@ -96,7 +102,8 @@ class Study:
     def space(self) -> SearchSpace:
         from .space_file import parse_space
 
-        return parse_space(self.record.space, name=self.record.name)
+        after_probes = self.record.after is not None
+        return parse_space(self.record.space, name=self.record.name, after_probes=after_probes)
 
     def optuna(
         self,
@@ -134,6 +141,11 @@ class Study:
         shutil.rmtree(self.folder)
 
 
+def finetune_name(name: str) -> str:
+    """What the study of the fine-tuning part of the two-part study `name` is called."""
+    return f"{name}-finetune"
+
+
 def check_name(name: str) -> None:
     """Raises InputError unless `name` can name a folder, an MLflow run and a database row."""
     if not _NAME.fullmatch(name):
@@ -156,10 +168,17 @@ def refuse_used_name(home: Home, name: str, elsewhere: Collection[str] = ()) -> 
         raise _used_name(name)
 
 
-def free_name(home: Home, stem: str, elsewhere: Collection[str] = ()) -> str:
-    """`stem-1`, or the first number that neither the home nor `elsewhere` holds."""
+def free_name(
+    home: Home, stem: str, elsewhere: Collection[str] = (), *, two_parts: bool = False
+) -> str:
+    """`stem-1`, or the first number that neither the home nor `elsewhere` holds, for both studies
+    of a two-part one."""
+
+    def used(name: str) -> bool:
+        return (home.studies / name).exists() or name in elsewhere
+
     number = 1
-    while (home.studies / f"{stem}-{number}").exists() or f"{stem}-{number}" in elsewhere:
+    while used(f"{stem}-{number}") or (two_parts and used(finetune_name(f"{stem}-{number}"))):
         number += 1
     return f"{stem}-{number}"
 

@@ -15,8 +15,9 @@ from rich.text import Text
 
 from core.report import Outcome, Status
 
+from .finalists_view import finalist_table, model_lines
 from .live import percent, settings_line, trial_table
-from .plan import make_plan
+from .parts import make_plans
 from .preparation import SearchRequest, prepare
 from .space import SearchSpace, load_space, shipped_spaces
 from .study import Study, TrialRecord, trial_records
@@ -24,21 +25,23 @@ from .study import Study, TrialRecord, trial_records
 if TYPE_CHECKING:
     from core.table_report import TableReport
 
-    from .finalists import Winner
     from .home import Home
     from .search import SearchEnd
     from .winner import Result
 
 SHOWN_BEST = 10
+SHOWN_OF_PART = 5
+"""Best trials shown of a study, and of each part of one that has two."""
+_PART_NAMES = {"probe": "probe part", "finetune": "fine-tuning part"}
 
 
 def print_end(end: SearchEnd, console: Console) -> None:
     """The best trials, the winner beside the prior baseline, and what to type next."""
     study = end.study
-    space = study.space()
     if end.result is None:
-        trials = tuple(trial_records(study.optuna(), space))
-        console.print(_counts(trials), highlight=False)
+        for part in (end.study, end.finetune):
+            if part is not None:
+                console.print(_part_counts(part), highlight=False)
         console.print(
             f"[bold]interrupted[/]: nothing is lost. Go on with: "
             f"[bold]tuner resume {study.record.name}[/]",
@@ -46,19 +49,31 @@ def print_end(end: SearchEnd, console: Console) -> None:
         )
         return
     result = end.result
-    complete = [t for t in best_first(result.trials) if t.status == Status.COMPLETE]
-    console.print(_counts(result.trials), highlight=False)
-    console.print(record_table(complete[:SHOWN_BEST], space, end.floor))
-    console.print(_winner_panel(result))
+    for part in (end.study, end.finetune):
+        if part is not None:
+            _print_best(part, end, console)
+    console.print(finalist_table(result.winner))
+    console.print(_winner_panel(result, two_parts=end.finetune is not None))
     console.print(_next_steps(result, study), highlight=False, soft_wrap=True)
 
 
-def _winner_panel(result: Result) -> Panel:
+def _print_best(study: Study, end: SearchEnd, console: Console) -> None:
+    """A part's counts, and its best trials."""
+    space = study.space()
+    trials = best_first(tuple(trial_records(study.optuna(), space)))
+    complete = [t for t in trials if t.status == Status.COMPLETE]
+    shown = SHOWN_BEST if end.finetune is None else SHOWN_OF_PART
+    console.print(_part_counts(study), highlight=False)
+    console.print(record_table(complete[:shown], space, end.floor))
+
+
+def _winner_panel(result: Result, *, two_parts: bool) -> Panel:
     winner = result.winner
+    number = f"{winner.number} of {winner.study}" if two_parts else str(winner.number)
     scores = winner.evaluation
     lines = _grid()
     lines.add_row(
-        "trial", f"{winner.number}: {winner.settings['backbone']}, {settings_line(winner.settings)}"
+        "trial", f"{number}: {winner.settings['backbone']}, {settings_line(winner.settings)}"
     )
     interval = f"{percent(scores['top3_accuracy_low'])} to {percent(scores['top3_accuracy_high'])}"
     accuracy = percent(scores["top3_accuracy"])
@@ -66,7 +81,8 @@ def _winner_panel(result: Result) -> Panel:
     gain = f"{100 * scores['gain']:+.1f} points"
     lines.add_row("prior baseline", f"{percent(scores['prior_baseline'])}  ({gain})")
     lines.add_row("mean average precision", percent(scores["mean_average_precision"]))
-    lines.add_row("validation", _validation_line(winner))
+    for name, text in model_lines(winner):
+        lines.add_row(name, text)
     lines.add_row("model", f"[bold]{result.model_uri}[/]  (version {result.version})")
     if winner.learnt_nothing:
         warning = Text(
@@ -86,17 +102,6 @@ def _grid() -> Table:
     return lines
 
 
-def _validation_line(winner: Winner) -> str:
-    first = winner.finalists[0]
-    if len(first.values) == 1:
-        return f"{percent(first.value)} in the search"
-    return (
-        f"{percent(first.value)} in the search, {percent(first.mean)} over {len(first.values)} new "
-        f"seeds (optimism {100 * winner.optimism:+.1f} points, "
-        f"best of {len(winner.finalists)} finalists)"
-    )
-
-
 def _next_steps(result: Result, study: Study) -> str:
     return (
         "Next:\n"
@@ -110,6 +115,14 @@ def _next_steps(result: Result, study: Study) -> str:
 def _counts(trials: Sequence[TrialRecord]) -> str:
     counts = Counter(trial.status for trial in trials)
     return f"{len(trials)} trials: " + ", ".join(f"{n} {status}" for status, n in counts.items())
+
+
+def _part_counts(study: Study) -> str:
+    """`_counts` of a study, with its name where it is one of two parts."""
+    space = study.space()
+    counts = _counts(tuple(trial_records(study.optuna(), space)))
+    two_parts = study.record.after is not None or space.finetune is not None
+    return f"{study.record.name}: {counts}" if two_parts else counts
 
 
 def best_first(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
@@ -130,14 +143,22 @@ def record_table(trials: Sequence[TrialRecord], space: SearchSpace, floor: float
     return trial_table(rows, objective=space.objective, floor=floor)
 
 
-def print_trials(study: Study, console: Console, *, as_json: bool) -> None:
-    """All trials of a study, best first: a table, or JSON lines."""
-    space = study.space()
-    trials = best_first(tuple(trial_records(study.optuna(), space)))
-    if as_json:
-        for trial in trials:
-            print(json.dumps(trial.to_dict()))
-        return
+def print_trials(parts: Sequence[Study], console: Console, *, as_json: bool) -> None:
+    """All trials of a study's parts, best first: a table each, or JSON lines, which name the
+    study where there are two."""
+    for study in parts:
+        space = study.space()
+        trials = best_first(tuple(trial_records(study.optuna(), space)))
+        if as_json:
+            name = {"study": study.record.name} if len(parts) > 1 else {}
+            for trial in trials:
+                print(json.dumps(name | trial.to_dict()))
+            continue
+        console.print(_trials_table(trials, space))
+        console.print(_part_counts(study), highlight=False)
+
+
+def _trials_table(trials: Sequence[TrialRecord], space: SearchSpace) -> Table:
     table = Table(header_style="bold", border_style="dim")
     for name in ("trial", "status", space.objective, "epoch"):
         table.add_column(name, justify="left" if name == "status" else "right", no_wrap=True)
@@ -145,8 +166,9 @@ def print_trials(study: Study, console: Console, *, as_json: bool) -> None:
         table.add_column(name)
     for trial in trials:
         settings = Text(settings_line(trial.settings))
-        if trial.status == Status.FAILED:
-            settings.append(f"\n{trial.reason}", "red")
+        if trial.status in (Status.FAILED, Status.INFEASIBLE):
+            colour = "red" if trial.status == Status.FAILED else "yellow"
+            settings.append(f"\n{trial.reason}", colour)
         table.add_row(
             str(trial.number),
             trial.status,
@@ -155,8 +177,7 @@ def print_trials(study: Study, console: Console, *, as_json: bool) -> None:
             str(trial.settings.get("backbone", "")),
             settings,
         )
-    console.print(table)
-    console.print(_counts(trials), highlight=False)
+    return table
 
 
 def print_spaces(console: Console) -> None:
@@ -166,28 +187,43 @@ def print_spaces(console: Console) -> None:
         table.add_column(name)
     for name in shipped_spaces():
         space = load_space(name)
-        table.add_row(name, space.mode, str(space.trials), space.description)
+        modes = ", ".join(part.mode for part in space.parts)
+        trials = " + ".join(str(part.trials) for part in space.parts)
+        table.add_row(name, modes, trials, space.description)
     console.print(table)
 
 
 def print_plan(request: SearchRequest, home: Home, console: Console) -> None:
     """`--dry-run`: what a search would do; everything is checked and nothing is written."""
-    plan = make_plan(request.space, trials=request.trials, hours=request.hours)
+    plans = make_plans(
+        request.space,
+        trials=request.trials,
+        finetune_trials=request.finetune_trials,
+        hours=request.hours,
+    )
     record, table, split = prepare(request, home, console)
-    size = request.space.size()
     lines = _grid()
     lines.add_row("study", record.name)
     lines.add_row("table", f"{table.num_images:,} pictures, {table.num_classes} classes")
-    parts = f"{len(split.train):,} train, {len(split.validation):,} validation"
-    lines.add_row("split", f"{parts}, {len(split.test):,} test")
-    number = "endlessly many" if size is None else f"{size:,}"
-    lines.add_row("trials", f"{plan.trials} of {number} configurations")
-    lines.add_row("sampler", f"{request.space.sampler.name}, pruner {request.space.pruner.name}")
-    lines.add_row("features", "\n".join(r.label for r in plan.requests))
+    held_out = f"{len(split.train):,} train, {len(split.validation):,} validation"
+    lines.add_row("split", f"{held_out}, {len(split.test):,} test")
+    for space, plan in zip(request.space.parts, plans, strict=False):
+        assert plan is not None
+        if len(request.space.parts) > 1:
+            lines.add_row(f"[bold]{_PART_NAMES[space.mode]}[/]", _seeded(request.space, space))
+        size = space.size()
+        number = "endlessly many" if size is None else f"{size:,}"
+        lines.add_row("trials", f"{plan.trials} of {number} configurations")
+        lines.add_row("sampler", f"{space.sampler.name}, pruner {space.pruner.name}")
+        lines.add_row("features", "\n".join(r.label for r in plan.requests))
     lines.add_row("MLflow", record.tracking_uri)
     lines.add_row("model", record.model)
     console.print(lines, highlight=False)
     console.print("nothing was started (--dry-run)")
+
+
+def _seeded(whole: SearchSpace, part: SearchSpace) -> str:
+    return "" if part is whole else f"first trials from the best {whole.from_probes} probes"
 
 
 def print_table_report(report: TableReport, console: Console) -> None:

@@ -44,7 +44,7 @@ PARAMETERS: list[tuple[str, str]] = [
     ("head: lstm", "parameters.head: unknown head 'lstm'\n  valid: csra, linear, mlp"),
     ("optimizer: [adam, adamm]", "unknown optimizer 'adamm'\n  valid: adam, adamw, rmsprop, sgd"),
     ("schedule: step", "unknown schedule 'step'\n  valid: constant, cosine, one_cycle"),
-    ("optimiser: adam", "unknown parameter 'optimiser'\n  did you mean optimizer? valid: alpha"),
+    ("optimiser: adam", "unknown parameter 'optimiser'\n  did you mean optimizer? valid: accum"),
     ("mode: probe", "line 3, parameters.mode: mode is for all trials\n  write `mode:` at the top"),
     ("seed: [1, 2]", "parameters.seed: seed must not be searched"),
     ("unfrozen_stages: 2", "unfrozen_stages is not read by a probe"),

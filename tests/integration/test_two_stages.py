@@ -1,0 +1,267 @@
+"""A space of two parts as a person runs it: probes, fine-tuning from the best, one winner; the real
+command, a real Ray, a real MLflow, drawn posters."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from mlflow import MlflowClient
+from safetensors import safe_open
+
+from core.synth import draw_posters
+from tuner.home import Home
+from tuner.seeds import choose_seeds
+from tuner.study import TrialRecord, open_study
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+
+NUM_PROBES, NUM_FINETUNED = 6, 3
+SPACE = f"""
+name: staged
+probe:
+  trials: {NUM_PROBES}
+  cohort_size: 6
+  pruner: {{name: successive_halving, min_epochs: 2}}
+  sampler: random
+  parameters:
+    backbone: squeezenet1_1
+    image_size: 48
+    head: [linear, mlp]
+    hidden_sizes: {{when: {{head: mlp}}, choice: [[16]]}}
+    lr: {{low: 1.0e-3, high: 1.0e-2, log: true}}
+    weight_decay: {{low: 0.01, high: 1, log: true}}
+    batch_size: 32
+    epochs: 6
+finetune:
+  from_probes: 2
+  trials: {NUM_FINETUNED}
+  cohort_size: 2
+  pruner: none
+  sampler: random
+  parameters:
+    backbone: squeezenet1_1
+    image_size: 48
+    head: [linear, mlp]
+    hidden_sizes: {{when: {{head: mlp}}, choice: [[16]]}}
+    head_start: probe
+    unfrozen_stages: [1, 2]
+    lr: {{low: 1.0e-4, high: 1.0e-3, log: true}}
+    head_lr_multiplier: {{low: 1, high: 20, log: true}}
+    weight_decay: {{low: 0.01, high: 1, log: true}}
+    batch_size: 32
+    epochs: 2
+"""
+
+
+# A shell's background jobs ignore Ctrl-C, and these tests may be in one.
+RUN = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from tuner.cli import main
+main()
+"""
+
+
+class Workplace:
+    """A home folder, drawn posters and a two-part space; runs `tuner` there."""
+
+    def __init__(self, root: Path) -> None:
+        self.home = Home(root=root / "home")
+        self.data = root / "drawn"
+        self.space = root / "staged.yaml"
+        self.space.write_text(SPACE)
+        draw_posters(self.data, num_images=150, size=(60, 90))
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        environment = {**os.environ, "TUNER_HOME": str(self.home.root), "COLUMNS": "160"}
+        environment.pop("MLFLOW_TRACKING_URI", None)
+        return subprocess.Popen(
+            [sys.executable, "-c", RUN, *arguments],
+            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def run(self, *arguments: str, code: int = 0) -> str:
+        with self.start(*arguments) as process:
+            output, _ = process.communicate(timeout=300)
+        assert process.returncode == code, output
+        return output
+
+    def search(self, study: str, *arguments: str) -> list[str]:
+        space, data = str(self.space), str(self.data)
+        return ["search", space, "--data", data, "--weights", "none", "--study", study, *arguments]
+
+    def trials(self, study: str) -> dict[str, list[TrialRecord]]:
+        """By study, in the order of their numbers, as `tuner trials --json` tells them."""
+        found: dict[str, list[TrialRecord]] = {}
+        for line in self.run("trials", study, "--json").splitlines():
+            values = json.loads(line)
+            found.setdefault(values.pop("study"), []).append(TrialRecord(**values))
+        return {name: sorted(trials, key=lambda t: t.number) for name, trials in found.items()}
+
+    def runs(self, study: str) -> tuple[Any, list[Any]]:
+        """The study's parent run and its child runs in MLflow."""
+        client = MlflowClient(self.home.tracking_uri)
+        experiment = client.get_experiment_by_name("drawn")
+        assert experiment is not None
+        query = f"tags.`tuner.study` = '{study}'"
+        runs = list(client.search_runs([experiment.experiment_id], query, max_results=100))
+        (parent,) = [run for run in runs if run.data.tags["tuner.trial"] == "study"]
+        children = [run for run in runs if run is not parent]
+        assert {c.data.tags["mlflow.parentRunId"] for c in children} <= {parent.info.run_id}
+        return parent, children
+
+    def check_whole(self, study: str) -> dict[str, list[TrialRecord]]:
+        """Both parts: every trial once in Optuna and in MLflow, none of them running."""
+        trials = self.trials(study)
+        expected = {study: NUM_PROBES, f"{study}-finetune": NUM_FINETUNED}
+        assert {name: len(found) for name, found in trials.items()} == expected
+        assert [t.reason for found in trials.values() for t in found if t.status == "failed"] == []
+        for name, count in expected.items():
+            states = open_study(self.home, name).optuna().get_trials(deepcopy=False)
+            assert {state.state.name for state in states} <= {"COMPLETE", "PRUNED"}
+            parent, children = self.runs(name)
+            assert parent.info.status == "FINISHED"
+            numbers = sorted(int(child.data.tags["tuner.trial"]) for child in children)
+            assert numbers == list(range(count))
+            assert {child.info.status for child in children} == {"FINISHED"}
+        return trials
+
+    def check_seeds(self, study: str, trials: dict[str, list[TrialRecord]]) -> list[int]:
+        """The first fine-tuning trials hold what the best probes settled; gives those probes."""
+        space = open_study(self.home, study).space()
+        seeds = choose_seeds(trials[study], space)
+        best = sorted(
+            (t for t in trials[study] if t.status == "complete"), key=lambda t: -(t.value or 0)
+        )
+        assert [seed.number for seed in seeds] == [probe.number for probe in best[:2]]
+        for probe, trial in zip(best, trials[f"{study}-finetune"][:2], strict=False):
+            for name in ("backbone", "image_size", "head", "weight_decay", "batch_size"):
+                assert trial.settings[name] == probe.settings[name]
+            assert trial.settings.get("hidden_sizes") == probe.settings.get("hidden_sizes")
+            rate = trial.settings["lr"] * trial.settings["head_lr_multiplier"]
+            assert rate == pytest.approx(probe.settings["lr"])
+        return [seed.number for seed in seeds]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        yield Workplace(tmp_path_factory.mktemp("staged"))
+
+
+@pytest.fixture(scope="module")
+def finished(place: Workplace) -> str:
+    """The output of a whole search, `one`."""
+    return place.run(*place.search("one"))
+
+
+def test_both_parts_run_and_are_shown(place: Workplace, finished: str) -> None:
+    trials = place.check_whole("one")
+    probes = place.check_seeds("one", trials)
+    for text in (
+        f"{NUM_PROBES}/{NUM_PROBES} trials",
+        f"fine-tuning starts from probes {probes[0]}, {probes[1]}: ",
+        "2 left out (epochs 2x)",
+        f"{NUM_FINETUNED}/{NUM_FINETUNED} trials",
+        f"one: {NUM_PROBES} trials",
+        f"one-finetune: {NUM_FINETUNED} trials",
+    ):
+        assert text in finished, finished
+    assert finished.count("top3_accuracy on test") == 1
+
+
+def test_the_test_split_is_scored_once_for_one_model(place: Workplace, finished: str) -> None:
+    probe_parent, _ = place.runs("one")
+    parent, _ = place.runs("one-finetune")
+    assert parent.data.params["after"] == "one"
+    assert parent.data.metrics["test_top3_accuracy"] > 0
+    assert not [name for name in probe_parent.data.metrics if name.startswith("test_")]
+    winners = [p for p in place.home.studies.glob("*/winner.json") if "one" in p.parent.name]
+    assert [path.parent.name for path in winners] == ["one-finetune"]
+    winner = json.loads(winners[0].read_text())
+    # Probes and fine-tuned trials competed, best validation first, for five places.
+    everyone = [
+        (study, trial)
+        for study, trials in place.trials("one").items()
+        for trial in trials
+        if trial.status == "complete"
+    ]
+    everyone.sort(key=lambda pair: (-(pair[1].value or 0), pair[0], pair[1].number))
+    assert {(f["study"], f["number"]) for f in winner["finalists"]} == {
+        (study, trial.number) for study, trial in everyone[:5]
+    }
+    client = MlflowClient(place.home.tracking_uri)
+    assert len(client.search_model_versions("name = 'drawn'")) == 1
+    version = client.get_model_version_by_alias("drawn", "challenger")
+    assert version.tags["tuner.study"] == "one-finetune"
+    _, children = place.runs(winner["study"])
+    tagged = [c.data.tags["tuner.trial"] for c in children if "tuner.winner" in c.data.tags]
+    assert tagged == [str(winner["number"])]
+
+
+def test_heads_of_the_best_probes_are_kept(place: Workplace, finished: str) -> None:
+    """One of each structure with a complete probe; fine-tuning began with them."""
+    folder = place.home.studies / "one-finetune" / "heads"
+    complete = [t for t in place.trials("one")["one"] if t.status == "complete"]
+    kinds = {str(t.settings["head"]) for t in complete}
+    index = json.loads((folder / "index.json").read_text())
+    best = {
+        max((t for t in complete if t.settings["head"] == kind), key=lambda t: t.value or 0).number
+        for kind in kinds
+    }
+    assert set(index.values()) == best
+    for key in index:
+        with safe_open(folder / f"{key}.safetensors", "pt") as file:
+            assert {"layers.0.weight", "layers.0.bias", "mean_D", "deviation_D"} <= set(file.keys())
+
+
+def test_the_second_part_is_resumed_by_the_first(place: Workplace, finished: str) -> None:
+    output = place.run("resume", "one-finetune", code=2)
+    assert "study one-finetune: it is the second part of one" in output
+    assert "tuner resume one" in output
+    refused = place.run(*place.search("one-finetune"), code=2)
+    assert "a study named 'one-finetune' exists" in refused
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_an_interruption_between_the_parts_loses_nothing(
+    place: Workplace, how: signal.Signals
+) -> None:
+    study = f"stopped-{how.name.lower()}"
+    begun = place.home.studies / f"{study}-finetune" / "study.json"
+    with place.start(*place.search(study, "--model", study)) as process:
+        give_up = time.monotonic() + 200
+        while not begun.exists():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < give_up
+            time.sleep(0.02)
+        process.send_signal(how)
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL), output
+    log = place.home.studies / study / "outcomes.jsonl"
+    before = log.read_text()
+    assert before.count("\n") == NUM_PROBES
+    points = open_study(place.home, f"{study}-finetune").space().points
+    if how == signal.SIGINT:
+        assert f"tuner resume {study}\n" in output
+    place.run("resume", study)
+    assert log.read_text() == before, "no probe ran again"
+    assert open_study(place.home, f"{study}-finetune").space().points == points
+    trials = place.trials(study)
+    place.check_seeds(study, trials)
+    lines = (log.parent.parent / f"{study}-finetune" / "outcomes.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["number"] for line in lines) == list(range(NUM_FINETUNED))
