@@ -17,7 +17,14 @@ import click
 from core.errors import InputError
 
 from . import cli_cache, cli_data, cli_models
-from .options import data_options, home_of, table_arguments
+from .options import (
+    data_options,
+    finalist_arguments,
+    finalist_options,
+    home_of,
+    table_arguments,
+    worker_options,
+)
 
 INTERRUPTED = 130
 SEED = click.IntRange(0, 2**31 - 1)
@@ -39,14 +46,26 @@ def cli() -> None:
 @click.argument("space")
 @data_options
 @click.option("--study", help="Name of the study. Default: the space's name and a number.")
-@click.option("--trials", type=int, help="Trials in all. Default: the space's.")
-@click.option("--hours", type=float, help="Start no trial after this time.")
+@click.option(
+    "--trials", type=int,
+    help="Trials in all; of a two-part space, probes. Default: the space's.",
+)  # fmt: skip
+@click.option(
+    "--finetune-trials", type=int,
+    help="Trials of a two-part space's fine-tuning part. Default: the space's.",
+)  # fmt: skip
+@click.option(
+    "--hours", type=float,
+    help="Start no trial after this time; of a two-part space, no probe after half of it.",
+)  # fmt: skip
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seeds split and search.")
 @click.option("--folds", type=int, help="Validate on this many folds instead of one part.")
 @click.option(
     "--address", default="local", show_default=True,
     help="Ray: `local` (this machine), `auto`, or HOST:PORT of a cluster's head.",
 )  # fmt: skip
+@worker_options
+@finalist_options
 @click.option("--storage", help="Optuna's database URL. Default: a file in the study's folder.")
 @click.option("--tracking-uri", help="MLflow's address. Default: a store in the home folder.")
 @click.option("--model", help="Name to register the winner under. Default: the data folder's.")
@@ -61,10 +80,13 @@ def search(
     space: str,
     study: str | None,
     trials: int | None,
+    finetune_trials: int | None,
     hours: float | None,
     seed: int,
     folds: int | None,
     address: str,
+    workers_per_trial: int,
+    gpus_per_worker: float | None,
     storage: str | None,
     tracking_uri: str | None,
     model: str | None,
@@ -79,20 +101,26 @@ def search(
     """
     from rich.console import Console
 
+    from .cluster import Share
+    from .finalists import FinalistOptions
     from .preparation import SearchRequest
     from .search import search as run_search
     from .space import load_space
     from .summary import print_end, print_plan
 
     console = Console()
+    finalists = FinalistOptions(**finalist_arguments(data))
     request = SearchRequest(
         space=load_space(space),
         data=table_arguments(data),
         study=study,
         trials=trials,
+        finetune_trials=finetune_trials,
         hours=hours,
         seed=seed,
         address=address,
+        share=Share(workers=workers_per_trial, gpus=gpus_per_worker),
+        finalists=finalists,
         storage=storage,
         tracking_uri=tracking_uri,
         model=model,
@@ -113,15 +141,28 @@ def search(
 @cli.command()
 @click.argument("study")
 @click.option("--trials", type=int, help="New number of trials in all. Default: as before.")
+@click.option("--finetune-trials", type=int, help="The same of a two-part study's second part.")
 @click.option("--hours", type=float, help="Start no trial after this time.")
 @click.option("--address", default="local", show_default=True, help="Ray: see `tuner search`.")
-def resume(study: str, trials: int | None, hours: float | None, address: str) -> None:
-    """Take up STUDY after an interruption, or add trials to it.
+@worker_options
+@finalist_options
+def resume(
+    study: str,
+    trials: int | None,
+    finetune_trials: int | None,
+    hours: float | None,
+    address: str,
+    workers_per_trial: int,
+    gpus_per_worker: float | None,
+    **finalists: Any,
+) -> None:
+    """Take up STUDY after an interruption, or add trials to it; both parts of a two-part one.
 
     Finished trials are kept; those that were running are run again under their own numbers.
     """
     from rich.console import Console
 
+    from .cluster import Share
     from .search import resume as resume_search
     from .study import open_study
     from .summary import print_end
@@ -129,8 +170,11 @@ def resume(study: str, trials: int | None, hours: float | None, address: str) ->
     console = Console()
     home = home_of()
     end = resume_search(
-        open_study(home, study), home, console, trials=trials, hours=hours, address=address
-    )
+        open_study(home, study), home, console, trials=trials, finetune_trials=finetune_trials,
+        hours=hours, address=address,
+        share=Share(workers=workers_per_trial, gpus=gpus_per_worker),
+        finalists=finalist_arguments(finalists),
+    )  # fmt: skip
     print_end(end, console)
     if end.result is None:
         sys.exit(INTERRUPTED)
@@ -140,13 +184,15 @@ def resume(study: str, trials: int | None, hours: float | None, address: str) ->
 @click.argument("study")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a trial, a line each.")
 def trials(study: str, as_json: bool) -> None:
-    """List the trials of STUDY, best first."""
+    """List the trials of STUDY, best first; of a two-part study, its probes and then the others."""
     from rich.console import Console
 
+    from .parts import studies_of
     from .study import open_study
     from .summary import print_trials
 
-    print_trials(open_study(home_of(), study), Console(), as_json=as_json)
+    home = home_of()
+    print_trials(studies_of(home, open_study(home, study)), Console(), as_json=as_json)
 
 
 @cli.group()
@@ -181,12 +227,14 @@ def space_check(space: str) -> None:
     from .space import load_space
 
     found = load_space(space)
-    size = found.size()
-    number = "endlessly many" if size is None else f"{size:,}"
-    click.echo(
-        f"{found.name}: {len(found.parameters)} parameters, {number} configurations, "
-        f"{found.trials} trials by {found.sampler.name}, pruned by {found.pruner.name}"
-    )
+    for part in found.parts:
+        size = part.size()
+        number = "endlessly many" if size is None else f"{size:,}"
+        then = "" if part is found else f", then fine-tuning from {found.from_probes} probes"
+        click.echo(
+            f"{found.name}{then}: {len(part.parameters)} parameters, {number} configurations, "
+            f"{part.trials} trials by {part.sampler.name}, pruned by {part.pruner.name}"
+        )
 
 
 @cli.command()

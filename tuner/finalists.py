@@ -1,67 +1,81 @@
 """From the best trials to one model: the best of many noisy scores flatters itself.
 
-The best few trials are trained again over several seeds; the best mean wins, and the difference
-between its first score and that mean is reported as optimism. The winner is then scored once on
-the test split, calibrated and given thresholds on validation, and saved. Runs in a worker.
-(A fine-tuned trial is not trained again: its own best epoch is saved.)
+The best few trials, probes and fine-tuned ones alike, are trained again over several seeds; the
+best mean wins, and the difference between its first score and that mean is reported as optimism.
+On request several finalists become an ensemble (`tuner.ensemble`), and what won is trained once
+more on training and validation rows together (a refit). What came out is scored once on test
+(`tuner.scoring`). Read `crown` first; it runs in the driver and hands its work to a `Runner`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from core.config import TrialConfig
 from core.errors import InputError
-from core.report import Metrics, Outcome
-from core.views import PLAIN
 
-from .channel import ChannelHandle
-from .cohort import open_matrix, train_cohort
-from .context import Context, FeatureRequest, build_backbone, request_of
+from .context import Context
+from .ensemble import EnsembleReport, Part, choose_ensemble, validation_logits
+from .repeats import Candidate, Record, Repeat, Runner, clear_weights, repeats_of, train_missing
+from .scoring import Scored, Verdict, score_and_save
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from core.encoders import Encoder
-
-MAILBOX = "finalists"
-SEED_OFFSET = 500_000_003
-"""Between a trial's own seed and those of its repetitions."""
-SERVED_PICTURES = 8
-"""Test pictures on which the saved model must answer as the trained one did."""
-SERVED_TOLERANCE = 0.05
-"""Largest difference of a probability there: features are computed in bfloat16 where that is fast,
-a served model computes in float32."""
+NUM_FINALISTS = 5
+NUM_SEEDS = 3
+STEP = "winner scored on test: model"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A trial that may win."""
+class FinalistOptions:
+    """How a study ends, as a person asked for it."""
 
-    number: int
-    config: TrialConfig
-    value: float
-    """Its best validation objective in the search."""
-    features: Mapping[str, str]
-    """View's name -> folder of its feature matrix."""
+    count: int = NUM_FINALISTS
+    """Trials that are trained again, >= 1."""
+    seeds: int = NUM_SEEDS
+    """New seeds of each, >= 1."""
+    refit: bool = False
+    """Whether what won is trained once more on training and validation rows."""
+    ensemble: int | None = None
+    """Picks of an ensemble at most, >= 2; None: a single model."""
+
+    def __post_init__(self) -> None:
+        """Raises InputError that names the flag."""
+        for flag, value, least in (
+            ("--finalists", self.count, 1),
+            ("--seeds", self.seeds, 1),
+            ("--ensemble", self.ensemble, 2),
+        ):
+            if value is not None and value < least:
+                raise InputError(f"at least {least} must hold, but got {value}", where=flag)
+        if self.ensemble is not None and self.seeds < 2:
+            raise InputError(
+                "an ensemble is judged by seeds that did not pick it, so it takes 2 or more",
+                where="--ensemble",
+                hint="with --seeds 3",
+            )
+
+
+AS_USUAL = FinalistOptions()
+"""Five finalists, three seeds, a single model, no refit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finalist:
     """A candidate after its repetitions."""
 
+    study: str
     number: int
+    backbone: str
+    mode: str
     value: float
     """As in the search."""
     values: tuple[float, ...]
-    """The objective of each repetition."""
+    """The objective of each repetition that did not diverge."""
+    failed: int
+    """Repetitions that did."""
 
     @property
     def mean(self) -> float:
@@ -72,263 +86,171 @@ class Finalist:
         """Standard deviation over the repetitions; 0 for a single one."""
         return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else 0.0
 
+    @property
+    def label(self) -> str:
+        return f"{self.study}/{self.number}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefitReport:
+    """What `--refit` came to."""
+
+    num_images: int
+    """Rows of training and validation together."""
+    epochs: dict[str, int]
+    """Member (study/number) -> epochs: the mean of its repetitions' best ones."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Winner:
     """What a study comes to."""
 
+    study: str
     number: int
+    """The best finalist; the model itself is an ensemble if `ensemble` says so."""
     settings: dict[str, Any]
     finalists: tuple[Finalist, ...]
     """Best mean first: the first is the winner."""
     optimism: float
     """The winner's value in the search minus the mean of its repetitions."""
     validation: float
-    """The objective of the very model that is saved."""
+    """The objective of the very model that is saved; with a refit, of that model before it."""
     evaluation: dict[str, Any]
-    """On the test split: `Evaluation.to_dict()`."""
+    """Of the saved model on the test split: `Evaluation.to_dict()`."""
     learnt_nothing: bool
     """Whether the test split cannot tell it from the prior baseline."""
     folder: str
     """The saved model."""
+    ensemble: EnsembleReport | None = None
+    """None: none was asked for."""
+    refit: RefitReport | None = None
+    """None: none was asked for."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON; finalists with their mean and spread."""
+        values = dataclasses.asdict(self)
+        for row, finalist in zip(values["finalists"], self.finalists, strict=True):
+            row |= {"mean": finalist.mean, "spread": finalist.spread}
+        return values
+
+
+Runs = list[tuple[Repeat, Record]]
 
 
 def crown(
-    context: Context, candidates: Sequence[Candidate], num_seeds: int, channel: ChannelHandle
+    context: Context, candidates: Sequence[Candidate], options: FinalistOptions, run: Runner
 ) -> Winner:
     """Repeat the candidates, choose, score once on test, and save the winner's model.
 
-    Delivers (epochs done, epochs to do) of the repetitions through the channel.
+    Repetitions that an earlier session finished are taken as they are. Raises InputError if none
+    can be trained again.
     """
-    if candidates[0].config.mode == "finetune":
-        best = max(candidates, key=lambda c: c.value)
-        finalists = [Finalist(number=best.number, value=best.value, values=(best.value,))]
-        model = _finetuned_model(context, best)
-    else:
-        finalists, model = _repeat_probes(context, candidates, num_seeds, channel)
-    best = next(c for c in candidates if c.number == finalists[0].number)
-    return _score_and_save(context, best, tuple(finalists), model)
+    ranked = _repeat(context, candidates, options.seeds, run)
+    report: EnsembleReport | None = None
+    parts: list[Part] = []
+    if options.ensemble is not None:
+        report, parts = choose_ensemble(context, ranked, num_picks=options.ensemble, run=run)
+    if not parts:
+        best, _ = max(ranked[0], key=lambda r: -np.inf if r[1].value is None else r[1].value)
+        parts = [Part(repeat=best)]
+    refits: list[Repeat] | None = None
+    if options.refit:
+        refits = [_refit_of(part, ranked) for part in parts]
+    saved = [part.repeat for part in parts] if refits is None else refits
+    _require(saved, train_missing(context, saved, run, weights=True))
+    verdict = Verdict(
+        parts=tuple(parts),
+        refits=None if refits is None else tuple(refits),
+        logits=tuple(validation_logits(context, [part.repeat for part in parts], run)),
+    )
+    scored: Scored = run(score_and_save, [(0, STEP, verdict)], {STEP: 1})[0]
+    clear_weights(context, keep=saved)
+    return _winner(context, ranked, report, verdict, scored)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Model:
-    """A trained classifier in parts, and its logits on the rows that count."""
-
-    encoder: Encoder
-    head: nn.Module
-    mean_D: Tensor | None
-    deviation_D: Tensor | None
-    validation: float
-    validation_logits_NC: Tensor
-    test_logits_NC: Tensor
-
-
-def _repeat_probes(
-    context: Context, candidates: Sequence[Candidate], num_seeds: int, channel: ChannelHandle
-) -> tuple[list[Finalist], _Model]:
-    groups: dict[FeatureRequest, list[Candidate]] = defaultdict(list)
-    for candidate in candidates:
-        groups[request_of(candidate.config)].append(candidate)
-    runs: dict[int, list[tuple[TrialConfig, Outcome]]] = {}
-    total = sum(max(m.config.epochs for m in members) for members in groups.values())
-    done = 0
-
-    def report(epoch: int, metrics: Mapping[int, Metrics]) -> Collection[int]:
-        channel.deliver(MAILBOX, (done + epoch, total))
-        return ()
-
-    for members in groups.values():
-        configs = [
-            dataclasses.replace(member.config, seed=member.config.seed + SEED_OFFSET * (1 + repeat))
-            for member in members
-            for repeat in range(num_seeds)
-        ]
-        outcomes = train_cohort(
-            context,
-            configs,
-            numbers=[member.number for member in members for _ in range(num_seeds)],
-            features=members[0].features,
-            report=report,
-            keep_state=True,
+def _repeat(
+    context: Context, candidates: Sequence[Candidate], num_seeds: int, run: Runner
+) -> list[Runs]:
+    """The repetitions of each candidate of which any came to an end, best mean first."""
+    repeats = [repeat for c in candidates for repeat in repeats_of(c, num_seeds)]
+    records = train_missing(context, repeats, run)
+    pairs = list(zip(repeats, records, strict=True))
+    runs = [pairs[start : start + num_seeds] for start in range(0, len(pairs), num_seeds)]
+    ended = [r for r in runs if any(record.value is not None for _, record in r)]
+    if not ended:
+        reasons = sorted({record.reason for _, record in pairs})
+        raise InputError(
+            f"no finalist could be trained again: {'; '.join(reasons)}",
+            where=f"study {context.study}",
         )
-        pairs = list(zip(configs, outcomes, strict=True))
-        for place, member in enumerate(members):
-            runs[member.number] = pairs[place * num_seeds : (place + 1) * num_seeds]
-        done += max(member.config.epochs for member in members)
-    finalists = [
-        Finalist(number=c.number, value=c.value, values=_values(runs[c.number]))
-        for c in candidates
-        if _values(runs[c.number])
-    ]
-    if not finalists:
-        raise InputError("no finalist could be trained again: all of them diverged")
-    finalists.sort(key=lambda f: (-f.mean, f.number))
-    winner = next(c for c in candidates if c.number == finalists[0].number)
-    config, outcome = max(
-        (run for run in runs[winner.number] if run[1].best_value is not None),
-        key=lambda run: run[1].best_value or 0.0,
-    )
-    return finalists, _probe_model(context, config, outcome, winner.features[PLAIN.name])
+
+    def place(runs: Runs) -> tuple[float, str, int]:
+        finalist = _finalist(runs)
+        return -finalist.mean, finalist.study, finalist.number
+
+    return sorted(ended, key=place)
 
 
-def _values(runs: Sequence[tuple[TrialConfig, Outcome]]) -> tuple[float, ...]:
-    return tuple(o.best_value for _, o in runs if o.best_value is not None)
-
-
-def _probe_model(context: Context, config: TrialConfig, outcome: Outcome, features: str) -> _Model:
-    import torch
-
-    from core.heads import build_head
-    from core.inputs import HeadInputs
-    from core.stack import head_settings
-
-    train, validation = context.split.pairs()[0]
-    inputs = HeadInputs(
-        open_matrix(features), norm=config.feature_norm, train_rows=train, device="cpu"
-    )
-    head = build_head(
-        num_features=inputs.num_features,
-        num_classes=context.table.num_classes,
-        **head_settings(config),
-    ).eval()
-    assert outcome.state is not None and outcome.best_value is not None
-    head.load_state_dict(outcome.state)
-
-    @torch.inference_mode()
-    def logits(rows: Any) -> Tensor:
-        parts = []
-        for start in range(0, len(rows), 256):
-            x = inputs.batch(rows[start : start + 256])
-            # A head module reads maps [N, D, h, w]; places in one row are as good as in a square.
-            parts.append(head(x.transpose(1, 2).unsqueeze(2) if head.spatial else x))
-        return torch.cat(parts)
-
-    return _Model(
-        encoder=build_backbone(context, request_of(config)),
-        head=head,
-        mean_D=inputs.mean_D,
-        deviation_D=inputs.deviation_D,
-        validation=outcome.best_value,
-        validation_logits_NC=logits(validation),
-        test_logits_NC=logits(context.split.test),
+def _finalist(runs: Runs) -> Finalist:
+    candidate = runs[0][0].candidate
+    values = tuple(record.value for _, record in runs if record.value is not None)
+    return Finalist(
+        study=candidate.study,
+        number=candidate.number,
+        backbone=candidate.config.backbone,
+        mode=candidate.config.mode,
+        value=candidate.value,
+        values=values,
+        failed=len(runs) - len(values),
     )
 
 
-def _finetuned_model(context: Context, candidate: Candidate) -> _Model:
-    import torch
-    from safetensors.torch import load_file
-
-    from core.finetune import PictureClassifier, picture_logits
-    from core.heads import HEADS, build_head
-    from core.pooling import num_head_features
-    from core.stack import head_settings
-
-    config = candidate.config
-    encoder = build_backbone(context, request_of(config))
-    head = build_head(
-        num_features=num_head_features(
-            encoder,
-            spatial=HEADS[config.head].spatial,
-            pooling=config.pooling,
-            blocks=config.blocks,
-        ),
-        num_classes=context.table.num_classes,
-        **head_settings(config),
-    )
-    model = PictureClassifier(encoder, head, pooling=config.pooling, blocks=config.blocks)
-    model.load_state_dict(load_file(context.state_path(candidate.number)))
-    pictures = open_matrix(candidate.features[PLAIN.name])
-    _, validation = context.split.pairs()[0]
-    device = torch.device("cpu")
-    return _Model(
-        encoder=encoder,
-        head=head,
-        mean_D=model.mean_D,
-        deviation_D=model.deviation_D,
-        validation=candidate.value,
-        validation_logits_NC=picture_logits(model, pictures, validation, device),
-        test_logits_NC=picture_logits(model, pictures, context.split.test, device),
-    )
+def _refit_of(part: Part, ranked: Sequence[Runs]) -> Repeat:
+    """The same training on more rows. Its schedule is the one that was validated, and it ends
+    where validation found the best weights on average over the seeds."""
+    (runs,) = [r for r in ranked if r[0][0].candidate == part.repeat.candidate]
+    epochs = [record.best_epoch for _, record in runs if record.value is not None]
+    mean = float(np.mean([epoch for epoch in epochs if epoch is not None]))
+    return dataclasses.replace(part.repeat, last_epoch=max(1, round(mean)))
 
 
-def _score_and_save(
-    context: Context, winner: Candidate, finalists: tuple[Finalist, ...], model: _Model
+def _require(repeats: Sequence[Repeat], records: Sequence[Record]) -> None:
+    for repeat, record in zip(repeats, records, strict=True):
+        if record.value is None:
+            raise InputError(
+                f"trial {repeat.candidate.label} could not be refitted: {record.reason}",
+                where="--refit",
+                hint="leave it out: tuner resume STUDY --no-refit",
+            )
+
+
+def _winner(
+    context: Context,
+    ranked: Sequence[Runs],
+    ensemble: EnsembleReport | None,
+    verdict: Verdict,
+    scored: Scored,
 ) -> Winner:
-    import torch
-
-    from core.evaluation import best_thresholds, evaluate, fit_calibration, learnt_nothing
-    from core.model import save_model
-    from core.stack import head_settings
-
-    table, split = context.table, context.split
-    train, validation = split.pairs()[0]
-    targets_NC = torch.from_numpy(table.targets_NC)
-    scale, bias = fit_calibration(model.validation_logits_NC, targets_NC[validation])
-    thresholds = best_thresholds(
-        torch.sigmoid(model.validation_logits_NC * scale + bias), targets_NC[validation]
-    ).tolist()
-    probabilities = torch.sigmoid(model.test_logits_NC * scale + bias)
-    evaluation = evaluate(
-        probabilities,
-        targets_NC[split.test],
-        class_names=table.class_names,
-        train_targets=targets_NC[train],
-        thresholds=thresholds,
-    )
-    head_spec = {k: v for k, v in head_settings(winner.config).items() if k != "seed"}
-    folder = context.folder / "model"
-    save_model(
-        folder,
-        encoder=model.encoder,
-        head=model.head,
-        head_spec=head_spec,
-        class_names=table.class_names,
-        pooling=winner.config.pooling,
-        blocks=winner.config.blocks,
-        feature_mean_D=model.mean_D,
-        feature_std_D=model.deviation_D,
-        calibration=(scale, bias),
-        thresholds=thresholds,
-        input_size=model.encoder.backbone.input_size,
-        metadata=_metadata(context, winner, train, validation),
-    )
-    _check_served(context, folder, probabilities.numpy())
+    finalists = tuple(_finalist(runs) for runs in ranked)
+    best = ranked[0][0][0].candidate
+    own = next((r for runs in ranked for x, r in runs if x == verdict.parts[0].repeat), None)
+    assert own is not None
+    alone = len(verdict.parts) == 1 and own.value is not None
+    refit = None
+    if verdict.refits is not None:
+        epochs = {x.candidate.label: x.epochs for x in verdict.refits}
+        refit = RefitReport(num_images=scored.num_fitted, epochs=epochs)
     return Winner(
-        number=winner.number,
-        settings=winner.config.to_dict(),
+        study=best.study,
+        number=best.number,
+        settings=best.config.to_dict(),
         finalists=finalists,
-        optimism=winner.value - finalists[0].mean,
-        validation=model.validation,
-        evaluation=evaluation.to_dict(),
-        learnt_nothing=learnt_nothing(evaluation),
-        folder=str(folder),
+        optimism=best.value - finalists[0].mean,
+        # Over folds, a single model's is the mean that it was chosen by.
+        validation=own.value if alone and own.value is not None else scored.validation,
+        evaluation=scored.evaluation,
+        learnt_nothing=scored.learnt_nothing,
+        folder=scored.folder,
+        ensemble=ensemble,
+        refit=refit,
     )
-
-
-def _metadata(context: Context, winner: Candidate, train: Any, validation: Any) -> dict[str, Any]:
-    from .predict import data_record
-
-    parts: Mapping[str, Any] = {
-        "train": train,
-        "validation": validation,
-        "test": context.split.test,
-    }
-    return {
-        "study": context.study,
-        "trial": winner.number,
-        "settings": winner.config.to_dict(),
-        "data": data_record(context.table, parts),
-    }
-
-
-def _check_served(context: Context, folder: Path, probabilities_NC: Any) -> None:
-    """The saved model, from picture files, must say what was scored from features."""
-    from core.model import load_model
-
-    rows = context.split.test[:SERVED_PICTURES]
-    served_NC = load_model(folder).predict([context.table.paths[row] for row in rows])
-    difference = float(np.abs(served_NC - probabilities_NC[: len(rows)]).max())
-    if not difference <= SERVED_TOLERANCE:
-        raise RuntimeError(
-            f"the saved model differs from the trained one by {difference:.3f} on test pictures"
-        )

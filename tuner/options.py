@@ -23,6 +23,58 @@ _DATA_OPTIONS = (
     click.option("--split-column", help="Column that says train, validation or test."),
 )
 
+_WORKER_OPTIONS = (
+    click.option(
+        "--workers-per-trial", type=int, default=1, show_default=True, metavar="W",
+        help="Processes that train one fine-tuning trial together.",
+    ),
+    click.option(
+        "--gpus-per-worker", type=float, metavar="G",
+        help="GPUs of each, or a part of one if W is 1. Default: 1 where there are any.",
+    ),
+)  # fmt: skip
+
+
+_FINALIST_OPTIONS = (
+    click.option(
+        "--finalists", type=int, metavar="K",
+        help="The best K trials are trained again; the best mean wins. Default: 5.",
+    ),
+    click.option(
+        "--seeds", type=int, metavar="R", help="New seeds of each finalist. Default: 3.",
+    ),
+    click.option(
+        "--refit/--no-refit", default=None,
+        help="Train what won once more, on training and validation pictures together.",
+    ),
+    click.option(
+        "--ensemble", type=int, metavar="N",
+        help="Average finalists, picked N times, where that beats the best of them.",
+    ),
+)  # fmt: skip
+
+
+def worker_options(command: Command) -> Command:
+    """The options that say what a fine-tuning trial has of the cluster."""
+    for option in reversed(_WORKER_OPTIONS):
+        command = option(command)
+    return command
+
+
+def finalist_options(command: Command) -> Command:
+    """The options that say how a study ends; None where they were left out."""
+    for option in reversed(_FINALIST_OPTIONS):
+        command = option(command)
+    return command
+
+
+def finalist_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Take out of `options` what `finalist_options` gave, as arguments of
+    `tuner.finalists.FinalistOptions`."""
+    names = {"finalists": "count", "seeds": "seeds", "refit": "refit", "ensemble": "ensemble"}
+    given = {argument: options.pop(name) for name, argument in names.items()}
+    return {argument: value for argument, value in given.items() if value is not None}
+
 
 def data_options(command: Command) -> Command:
     """The options that say where a table is and how it is laid out."""

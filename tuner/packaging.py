@@ -109,7 +109,7 @@ def build_model(model_dir: Path, folder: Path, *, input_example_bytes: bytes) ->
     from mlflow.models import ModelSignature
     from mlflow.types.schema import ColSpec, Schema
 
-    from core.model import check_files, read_manifest
+    from core.manifest import check_files, encoder_names, read_manifest
 
     manifest = read_manifest(model_dir)
     check_files(model_dir, manifest)
@@ -129,7 +129,7 @@ def build_model(model_dir: Path, folder: Path, *, input_example_bytes: bytes) ->
             # MLflow's "binary" lets base64 strings through, and its server decodes them.
             signature=ModelSignature(Schema([ColSpec("binary", "image")]), outputs),
             input_example=example,
-            pip_requirements=pip_requirements(_backbone_name(manifest)),
+            pip_requirements=pip_requirements(*encoder_names(manifest)),
             metadata={key: manifest[key] for key in ("class_names", "thresholds", "input_size")},
             uv_project_path=str(staging),  # else files of a uv project in the cwd are copied
         )
@@ -158,21 +158,21 @@ def prediction_files() -> list[Path]:
     return [found[name] for name in sorted(found)]
 
 
-def pip_requirements(backbone: str) -> list[str]:
-    """What a served model needs, pinned to the versions that made it. Build labels such as
-    `+cpu` are cut off, as package indexes do not hold them."""
-    extra = [need for prefix, need in EXTRA_REQUIREMENTS.items() if backbone.startswith(prefix)]
+def pip_requirements(*backbones: str) -> list[str]:
+    """What a served model of these backbones needs, pinned to the versions that made it. Build
+    labels such as `+cpu` are cut off, as package indexes do not hold them."""
+    extra = [
+        need
+        for prefix, need in EXTRA_REQUIREMENTS.items()
+        if any(backbone.startswith(prefix) for backbone in backbones)
+    ]
     names = [*REQUIREMENTS, *extra]
     return [f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in names]
 
 
-def _backbone_name(manifest: Mapping[str, Any]) -> str:
-    return str(manifest["encoder"]["backbone"]["name"])
-
-
 def _model_digest(model_dir: Path) -> str:
     """Of model.json, which holds the checksums of all other files."""
-    from core.model import MANIFEST_FILE
+    from core.manifest import MANIFEST_FILE
 
     path = model_dir / MANIFEST_FILE
     if not path.is_file():

@@ -102,7 +102,8 @@ def load_predictor(model_uri: str, tracking_uri: str | None = None) -> Predictor
     `tracking_uri` is MLflow's address, None for its own default. Raises InputError for a model
     that does not exist, listing those that do, and for a damaged one.
     """
-    from core.model import MANIFEST_FILE, check_files, load_model, read_manifest
+    from core.manifest import MANIFEST_FILE, check_files, read_manifest
+    from core.model import load_model
 
     with tempfile.TemporaryDirectory(prefix="tuner-download-") as temporary:
         folder = find_model(model_uri, tracking_uri, Path(temporary))

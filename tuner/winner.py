@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,23 +14,20 @@ from core.errors import InputError
 from core.report import Status
 from core.shards import write_json
 
-from .channel import start_channel
-from .cluster import Workers
+from .cluster import ONE_WORKER, Share, Workers
 from .context import Context, FeatureRequest, request_of, view_folders
-from .finalists import MAILBOX, Candidate, Winner, crown
+from .finalists import AS_USUAL, NUM_FINALISTS, FinalistOptions, Winner, crown
+from .ray_runner import RayRunner
+from .repeats import Candidate
 from .searcher import trial_seed
 from .space import SearchSpace
-from .steps import showing_steps
 from .study import Study, TrialRecord, trial_records
 from .tracking import Tracker
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-NUM_FINALISTS = 5
-NUM_SEEDS = 3
 ALIAS = "challenger"
-POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,57 +50,70 @@ def crown_and_register(
     features: Mapping[FeatureRequest, str],
     tracker: Tracker,
     console: Console,
+    *,
+    rivals: Sequence[Candidate] = (),
+    options: FinalistOptions = AS_USUAL,
+    share: Share = ONE_WORKER,
 ) -> Result:
     """Choose the winner among the best trials, score it on test, log and register its model.
+
+    Args:
+        features: folder of each matrix that the study's trials read.
+        rivals: candidates of the other part of a two-stage study (`best_candidates` of it); they
+            compete for the same places. Their trials read the same table, split and objective.
+        options: how many are trained again, and what is made of them.
+        share: what a fine-tuning takes of the cluster.
 
     Raises InputError if no trial was completed.
     """
     trials = tuple(trial_records(study.optuna(), space))
-    candidates = best_candidates(trials, features, study.record.seed)
+    candidates = [
+        *best_candidates(
+            trials, features, study.record.seed, study=study.record.name, count=options.count
+        ),
+        *rivals,
+    ]
+    candidates.sort(key=lambda c: (-c.value, c.study, c.number))
     if not candidates:
         raise InputError(
             f"none of {len(trials)} trials was completed, so there is no winner",
             where=f"study {study.record.name}",
             hint=f"see why: tuner trials {study.record.name}",
         )
-    winner = _crown(context, workers, candidates, console)
-    write_json(study.folder / "winner.json", dataclasses.asdict(winner))
+    run = RayRunner(context, workers, share, console)
+    winner = crown(context, candidates[: options.count], options, run)
+    write_json(study.folder / "winner.json", winner.to_dict())
     with console.status("logging and registering the model"):
         version = _register(study, winner, tracker)
     uri = f"models:/{study.record.model}@{ALIAS}"
     return Result(winner=winner, trials=trials, model_uri=uri, version=version)
 
 
-def _crown(
-    context: Context, workers: Workers, candidates: Sequence[Candidate], console: Console
-) -> Winner:
-    import ray
-
-    channel = start_channel()
-    job: Any = ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus)(crown)
-    running = job.remote(context, candidates, NUM_SEEDS, channel)
-    step = f"best {len(candidates)} again, {NUM_SEEDS} seeds"
-    with showing_steps(console) as steps:
-        while True:
-            ready, _ = ray.wait([running], timeout=POLL_SECONDS)
-            for done, total in channel.collect(MAILBOX):
-                steps(f"{step}: epoch", done, total)
-            if ready:
-                winner: Winner = ray.get(running)
-                return winner
-
-
 def best_candidates(
-    trials: tuple[TrialRecord, ...], features: Mapping[FeatureRequest, str], seed: int
+    trials: Sequence[TrialRecord],
+    features: Mapping[FeatureRequest, str],
+    seed: int,
+    *,
+    study: str,
+    count: int = NUM_FINALISTS,
 ) -> list[Candidate]:
-    """The complete trials of highest value, best first; of equals, the earlier."""
+    """The complete trials of highest value, best first; of equals, the earlier.
+
+    Args:
+        trials: of the study.
+        features: folder of each matrix that they read.
+        seed: the study's.
+        study: its name.
+        count: how many at most.
+    """
     complete = [t for t in trials if t.status == Status.COMPLETE and t.value is not None]
     complete.sort(key=lambda t: (-(t.value or 0.0), t.number))
     candidates = []
-    for trial in complete[:NUM_FINALISTS]:
+    for trial in complete[:count]:
         config = TrialConfig.from_dict({"seed": trial_seed(seed, trial.number), **trial.settings})
         candidates.append(
             Candidate(
+                study=study,
                 number=trial.number,
                 config=config,
                 value=trial.value or 0.0,
@@ -116,15 +126,9 @@ def best_candidates(
 def _register(study: Study, winner: Winner, tracker: Tracker) -> str:
     from .packaging import log_model
 
-    scores = {k: v for k, v in winner.evaluation.items() if isinstance(v, float)}
-    tags = {
-        "tuner.winner": winner.number,
-        "tuner.optimism": f"{winner.optimism:.4f}",
-        "tuner.learnt_nothing": str(winner.learnt_nothing).lower(),
-    }
-    test_scores = {f"test_{name}": value for name, value in scores.items()}
-    tracker.log_study({**test_scores, "optimism": winner.optimism}, tags)
-    tracker.mark_winner(winner.number)
+    tags = winner_tags(winner)
+    tracker.log_study(winner_metrics(winner), tags)
+    tracker.mark_winner(winner.number, winner.study)
     tracker.log_artifacts([study.folder / "winner.json"])
     tracker.flush()
     info = log_model(
@@ -137,6 +141,48 @@ def _register(study: Study, winner: Winner, tracker: Tracker) -> str:
         tags={"tuner.study": study.record.name, **{k: str(v) for k, v in tags.items()}},
     )
     return info.version
+
+
+def winner_metrics(winner: Winner) -> dict[str, float]:
+    """What the parent run shows of the end of a study."""
+    metrics = {f"test_{k}": v for k, v in winner.evaluation.items() if isinstance(v, float)}
+    metrics |= {
+        "optimism": winner.optimism,
+        "winner_validation": winner.validation,
+        "num_finalists": len(winner.finalists),
+    }
+    for rank, finalist in enumerate(winner.finalists, 1):
+        metrics |= {
+            f"finalist_{rank}_mean": finalist.mean,
+            f"finalist_{rank}_spread": finalist.spread,
+            f"finalist_{rank}_in_search": finalist.value,
+        }
+    if winner.ensemble is not None:
+        metrics["ensemble_single"] = winner.ensemble.single
+        if winner.ensemble.estimate is not None:
+            metrics["ensemble_estimate"] = winner.ensemble.estimate
+    if winner.refit is not None:
+        metrics["refit_num_images"] = winner.refit.num_images
+    return metrics
+
+
+def winner_tags(winner: Winner) -> dict[str, Any]:
+    """The same in words, on the parent run and on the model's version."""
+    tags: dict[str, Any] = {
+        "tuner.winner": winner.number,
+        "tuner.winner_study": winner.study,
+        "tuner.finalists": ", ".join(finalist.label for finalist in winner.finalists),
+        "tuner.optimism": f"{winner.optimism:.4f}",
+        "tuner.learnt_nothing": str(winner.learnt_nothing).lower(),
+        "tuner.model": "single",
+    }
+    if winner.ensemble is not None:
+        tags["tuner.ensemble_weights"] = json.dumps(winner.ensemble.weights)
+        if winner.ensemble.registered:
+            tags["tuner.model"] = "ensemble"
+    if winner.refit is not None:
+        tags["tuner.refit_epochs"] = json.dumps(winner.refit.epochs)
+    return tags
 
 
 def example_picture() -> bytes:

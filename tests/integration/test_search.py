@@ -301,7 +301,10 @@ def test_a_fine_tuning_study_ends_in_a_model_and_keeps_few_weights(
     states = {int(path.stem) for path in (place.home.studies / "fine/states").iterdir()}
     assert states <= complete.keys() and 1 <= len(states) <= 3
     winner = json.loads((place.home.studies / "fine/winner.json").read_text())
-    assert winner["number"] == max(complete, key=lambda n: complete[n])
+    finalists = winner["finalists"]
+    assert {f["number"] for f in finalists} == set(complete)
+    assert winner["number"] == max(finalists, key=lambda f: f["mean"])["number"]
+    assert all(len(f["values"]) == 3 for f in finalists)
     picture = next((place.data / "Images").glob("*.jpg"))
     (answer,) = json.loads(place.run("predict", "models:/fine@challenger", str(picture), "--json"))
     assert len(answer["probabilities"]) == 25

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -118,3 +119,22 @@ def mlflow_store(_mlflow_file: Path, home: Path) -> Path:
     """That store as the home's own."""
     home.mkdir()
     return Path(shutil.copy(_mlflow_file, home / "mlflow.db"))
+
+
+@pytest.fixture
+def refused(tuner: Command, home: Path) -> Callable[..., str]:
+    """Runs a command that must be refused with a message that holds these texts, in this order."""
+
+    def check(*args: Any, says: tuple[str, ...], writes: bool = False) -> str:
+        ended = tuner(*args)
+        assert ended.code == 2, (ended.code, ended.out, ended.err)
+        assert "Traceback" not in ended.err
+        assert ended.err.startswith(("error: ", "Usage: "))
+        assert re.search(".*".join(map(re.escape, says)), ended.err, re.DOTALL), ended.err
+        if not writes:
+            files = [path for path in home.rglob("*") if path.is_file()]
+            assert not files, "something was written"
+            assert not list((home / "studies").glob("*")), "the study's name is taken"
+        return str(ended.err)
+
+    return check

@@ -74,7 +74,7 @@ def test_space_list_show_and_check(tuner: Run, home: Path) -> None:
     listed = tuner("space", "list")
     assert listed.code == 0
     names = set(shipped_spaces())
-    assert names == {"demo", "finetune", "probe", "seed"}
+    assert names == {"demo", "finetune", "probe", "seed", "two_stage"}
     assert {line.split()[0] for line in listed.out.splitlines() if line.strip()} >= names
     for name in names:
         shown = tuner("space", "show", name)

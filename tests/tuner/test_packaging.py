@@ -26,8 +26,9 @@ from PIL import Image
 from core.encoders import build_encoder
 from core.errors import InputError
 from core.heads import build_head
-from core.model import load_model, save_model
+from core.model import load_model, save_ensemble, save_model
 from core.pooling import num_pooled_features
+from core.served import Member
 from tuner import packaging
 from tuner.packaging import build_model, log_model, pip_requirements, prediction_files
 
@@ -66,6 +67,34 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def ensemble_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two heads on one backbone, and a third one on pixels."""
+    folder = tmp_path_factory.mktemp("saved") / "ensemble"
+    shared = build_encoder("squeezenet1_1", weights="none", input_size=48)
+    members = []
+    for seed, (encoder, kind, weight) in enumerate(
+        [
+            (shared, "linear", 0.5),
+            (shared, "csra", 0.25),
+            (build_encoder("ffn", weights="none"), "linear", 0.25),
+        ]
+    ):
+        head = build_head(kind, num_features=encoder.num_features, num_classes=3, seed=seed)
+        members.append(
+            Member(
+                encoder=encoder,
+                head=head,
+                head_spec={"kind": kind},
+                pooling="avg",
+                calibration=(1.0 + seed, 0.1),
+                weight=weight,
+            )
+        )
+    save_ensemble(folder, members=members, class_names=CLASSES, thresholds=[0.2, 0.3, 0.4])
+    return folder
+
+
+@pytest.fixture(scope="module")
 def built(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("built") / "mlflow"
     build_model(model_dir, folder, input_example_bytes=picture(0))
@@ -96,6 +125,24 @@ def run_id(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     assert mlflow.get_tracking_uri() == before
     assert mlflow.active_run() is None
     assert list((tmp_path / "cwd").iterdir()) == []
+
+
+def test_an_ensemble_is_registered_like_any_model(
+    ensemble_dir: Path, address: str, run_id: str
+) -> None:
+    info = log_model(
+        ensemble_dir,
+        run_id=run_id,
+        registered_name="together",
+        input_example_bytes=picture(0),
+        tracking_uri=address,
+    )
+    version = MlflowClient(tracking_uri=address).get_model_version("together", info.version)
+    model = mlflow.pyfunc.load_model(version.source)
+    assert model.metadata.metadata["thresholds"] == [0.2, 0.3, 0.4]
+    scores = model.predict(pd.DataFrame({"image": [picture(1), text(2)]}))
+    expected = load_model(ensemble_dir).predict([picture(1), picture(2)])
+    np.testing.assert_allclose(scores, expected, atol=1e-6)
 
 
 def test_a_logged_model_is_registered_with_all_that_goes_with_it(
@@ -206,9 +253,13 @@ print(json.dumps({"columns": list(scores.columns), "rows": scores.values.tolist(
 """
 
 
+@pytest.mark.parametrize("kind", ["single", "ensemble"])
 def test_it_loads_alone_without_pickle_and_without_network(
-    built: Path, model_dir: Path, tmp_path: Path
+    kind: str, model_dir: Path, ensemble_dir: Path, tmp_path: Path
 ) -> None:
+    model_dir = {"single": model_dir, "ensemble": ensemble_dir}[kind]
+    built = tmp_path / "mlflow"
+    build_model(model_dir, built, input_example_bytes=picture(0))
     result = subprocess.run(
         [sys.executable, "-I", "-c", ALONE, str(built)],
         input=json.dumps([text(1), text(2)]),
@@ -308,7 +359,7 @@ def test_two_versions_of_the_code_live_in_one_process(
     built: Path, loaded: Any, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = shutil.copytree(built, tmp_path / "other")
-    source = other / "artifacts" / "code" / "model.py"
+    source = other / "artifacts" / "code" / "served.py"
     code = source.read_text()
     assert "torch.sigmoid(logits_BC)" in code
     source.write_text(code.replace("torch.sigmoid(logits_BC)", "1 - torch.sigmoid(logits_BC)"))
@@ -363,6 +414,11 @@ def test_requirements_cover_what_the_shipped_code_imports() -> None:
 def test_optional_libraries_are_required_where_needed(backbone: str, extra: list[str]) -> None:
     names = [line.split("==")[0] for line in pip_requirements(backbone)]
     assert names == [*packaging.REQUIREMENTS, *extra]
+
+
+def test_an_ensemble_requires_what_its_members_need() -> None:
+    names = [line.split("==")[0] for line in pip_requirements("vgg16", "onnx/a.onnx", "timm/b")]
+    assert names == [*packaging.REQUIREMENTS, "timm", "onnxruntime"]
 
 
 def test_build_labels_are_cut_from_versions(monkeypatch: pytest.MonkeyPatch) -> None:
