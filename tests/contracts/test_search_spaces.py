@@ -25,7 +25,8 @@ from tuner.study import TrialRecord
 
 NUM_TRIALS = 200
 SPACES = sorted(shipped_spaces())
-PARTS = [*((name, 0) for name in SPACES), ("two_stage", 1)]
+STAGED = ("two_stage", "two_stage_small")
+PARTS = [*((name, 0) for name in SPACES), *((name, 1) for name in STAGED)]
 """The parts of every space. Loading spaces takes seconds, which finding tests must not."""
 FOLDER = Path(__file__).parents[2] / "search_spaces"
 
@@ -36,7 +37,7 @@ def sample(space: SearchSpace) -> tuple[list[dict[str, Any]], optuna.Study]:
 
 
 def test_all_spaces_are_found() -> None:
-    assert SPACES == ["demo", "finetune", "probe", "seed", "two_stage"]
+    assert SPACES == ["demo", "finetune", "probe", "seed", "two_stage", "two_stage_small"]
     assert len(PARTS) == sum(len(load_space(name).parts) for name in SPACES)
     assert {path.name for path in FOLDER.iterdir() if path.name != "__pycache__"} == {
         "schema.json",
@@ -97,9 +98,10 @@ def test_the_seed_comparison_is_ten_trials() -> None:
             assert (s["head"], s["optimizer"], s["lr"]) == ("linear", "adam", 1e-4)
 
 
-def test_every_probe_of_two_stage_can_seed_its_fine_tuning() -> None:
+@pytest.mark.parametrize("name", STAGED)
+def test_every_probe_of_two_parts_can_seed_its_fine_tuning(name: str) -> None:
     """Backbone, head and loss are all expressed; only what the file says is left out is."""
-    space = load_space("two_stage")
+    space = load_space(name)
     assert space.finetune is not None
     probes, _ = sample(space)
     records = [

@@ -286,12 +286,14 @@ parameters:
 """
 
 
+@pytest.mark.slow
 def test_a_fine_tuning_study_ends_in_a_model_and_keeps_few_weights(
     place: Workplace, finished: str
 ) -> None:
     space = place.root / "fine.yaml"
     space.write_text(FINETUNE_SPACE)
-    arguments = place.search("fine", "--model", "fine")
+    few = ("--finalists", "2", "--seeds", "2")
+    arguments = place.search("fine", "--model", "fine", *few)
     place.run("search", str(space), *arguments[2:])
     trials = place.trials("fine")
     assert len(trials) == 5
@@ -302,9 +304,10 @@ def test_a_fine_tuning_study_ends_in_a_model_and_keeps_few_weights(
     assert states <= complete.keys() and 1 <= len(states) <= 3
     winner = json.loads((place.home.studies / "fine/winner.json").read_text())
     finalists = winner["finalists"]
-    assert {f["number"] for f in finalists} == set(complete)
+    best_two = sorted(complete, key=lambda n: -complete[n])[:2]
+    assert {f["number"] for f in finalists} == set(best_two)
     assert winner["number"] == max(finalists, key=lambda f: f["mean"])["number"]
-    assert all(len(f["values"]) == 3 for f in finalists)
+    assert all(len(f["values"]) == 2 for f in finalists)
     picture = next((place.data / "Images").glob("*.jpg"))
     (answer,) = json.loads(place.run("predict", "models:/fine@challenger", str(picture), "--json"))
     assert len(answer["probabilities"]) == 25

@@ -74,7 +74,7 @@ def test_space_list_show_and_check(tuner: Run, home: Path) -> None:
     listed = tuner("space", "list")
     assert listed.code == 0
     names = set(shipped_spaces())
-    assert names == {"demo", "finetune", "probe", "seed", "two_stage"}
+    assert names == {"demo", "finetune", "probe", "seed", "two_stage", "two_stage_small"}
     assert {line.split()[0] for line in listed.out.splitlines() if line.strip()} >= names
     for name in names:
         shown = tuner("space", "show", name)
@@ -330,6 +330,7 @@ def test_ui_of_what_is_no_store(tuner: Run) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_study_with_a_damaged_picture(tmp_path: Path, data: Path, space: Path) -> None:
     (data / "7.png").write_text("damaged")
     home = tmp_path / "home"

@@ -112,7 +112,7 @@ def test_space_check_and_list_show_both_parts(tuner: Run, both: Path) -> None:
         "both, then fine-tuning from 2 probes: 4 parameters, 4 configurations, 5 trials by random, "
         "pruned by successive_halving\n"
     )
-    (line,) = [line for line in tuner("space", "list").out.splitlines() if "two_stage" in line]
+    (line,) = [line for line in tuner("space", "list").out.splitlines() if "two_stage " in line]
     assert "probe, finetune" in line and "120 + 24" in line
 
 
