@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .config import TrialConfig
 from .heads import HEADS, build_head
-from .losses import LOSSES, class_weights
+from .losses import LOSSES, Loss, class_weights
 from .optimizers import OPTIMIZERS, Optimizer, Settings
 from .precision import FLOAT32, autocast
 from .schedules import rate_factors
@@ -26,6 +26,8 @@ from .stack_layers import csra_logits, layered_logits, masks
 
 CPU_CHUNK = 1 << 17
 """Weights updated at a time on a CPU, so that the passes of an update stay in its cache."""
+FEW_HEADS = 8
+"""Below it, biases are updated head by head, too."""
 EVALUATION_VALUES = 1 << 24
 """Outputs of a layer held at once while evaluating: bounds memory, not results."""
 
@@ -104,8 +106,8 @@ class HeadStack:
         self._rates_HT = self._schedule(members, steps_per_epoch)
         self._settings = self._setting_tensors(members)
         self._numbers = [_optimizer_numbers(c) for c in members]
-        self._any_smoothing = any(c.label_smoothing > 0 for c in members)
         self._class_weights_HC = self._class_weight_tensor(members, train_targets_NC)
+        self._find_runs()
         self._chances = [masks(c.seed, self.device) if c.dropout > 0 else None for c in members]
 
     def __len__(self) -> int:
@@ -175,35 +177,29 @@ class HeadStack:
     def losses(self, logits_BHC: Tensor, targets_BC: Tensor) -> Tensor:
         """The loss of each picture for each head [B, H]."""
         targets_B1C = targets_BC.unsqueeze(1)
-        losses = []
-        for name, run in self._runs("loss"):
-            loss = LOSSES[name]
-            settings = {k: self._settings[k][run].unsqueeze(1) for k in loss.parameters}
-            smoothing = self._settings["label_smoothing"][run].unsqueeze(1)
-            weights_HC = self._class_weights_HC
-            losses.append(
-                loss.function(
-                    logits_BHC[:, run],
-                    targets_B1C,
-                    label_smoothing=smoothing if self._any_smoothing else 0.0,
-                    class_weights_C=None if weights_HC is None else weights_HC[run],
-                    **settings,
-                )
-            )
+        # Split, not sliced: a slice's gradient is the whole stack's, most of it zeros.
+        parts = logits_BHC.split([run.stop - run.start for _, run, _ in self._loss_runs], dim=1)
+        losses = [
+            loss.function(logits_BhC, targets_B1C, **settings)
+            for logits_BhC, (loss, _, settings) in zip(parts, self._loss_runs, strict=True)
+        ]
         return torch.cat(losses, dim=1)
 
     @torch.no_grad()
     def _update(self, grads: Sequence[Tensor]) -> None:
         lr_H = self._rates_HT[:, self.step_number]
+        rates = lr_H.tolist() if self.device.type == "cpu" else []
         self.step_number += 1
-        for name, run in self._runs("optimizer"):
-            optimizer = OPTIMIZERS[name]
+        for optimizer, run in self._optimizer_runs:
+            fused = optimizer.fused is not None and self.device.type == "cpu"
             for p, (param, grad) in enumerate(zip(self.params, grads, strict=True)):
                 slots = [slot[p] for slot in self.slots[: optimizer.num_slots]]
-                if p % 2 == 0 and optimizer.fused is not None and self.device.type == "cpu":
-                    self._update_fused(optimizer, run, param, grad, slots, lr_H.tolist())
+                decaying = p % 2 == 0
+                # Biases are small: there a call for each head costs more than passes over all.
+                if fused and (decaying or run.stop - run.start < FEW_HEADS):
+                    self._update_fused(optimizer, run, param, grad, slots, rates, decaying)
                 else:
-                    self._update_stacked(optimizer, run, param, grad, slots, lr_H, p % 2 == 0)
+                    self._update_stacked(optimizer, run, param, grad, slots, lr_H, decaying)
 
     def _update_fused(
         self,
@@ -213,12 +209,15 @@ class HeadStack:
         grad: Tensor,
         slots: Sequence[Tensor],
         rates: Sequence[float],
+        decaying: bool,
     ) -> None:
         """Head by head: one pass over each one's weights instead of one an operation."""
         assert optimizer.fused is not None
         parts = zip(*(t[run].unbind() for t in (param, grad, *slots)), strict=True)
         for head, (weights, gradient, *own) in enumerate(parts, run.start):
             numbers = {**self._numbers[head], "lr": rates[head]}
+            if not decaying:
+                numbers["weight_decay"] = 0.0
             optimizer.fused(weights, gradient, own, self.step_number, numbers)
 
     def _update_stacked(
@@ -295,17 +294,27 @@ class HeadStack:
         self._gradient = self._gradient[: len(places)]
         if self._class_weights_HC is not None:
             self._class_weights_HC = self._class_weights_HC[index]
+        self._find_runs()
 
     # ---- set-up ---------------------------------------------------------------------------
 
-    def _runs(self, key: str) -> Iterator[tuple[str, slice]]:
-        """The longest slices of the stack whose heads have one value of `key`, in order."""
-        start = 0
-        values = [getattr(c, key) for c in self.member_configs]
-        for value, run in itertools.groupby(values):
-            stop = start + len(list(run))
-            yield value, slice(start, stop)
-            start = stop
+    def _find_runs(self) -> None:
+        """The longest slices of the stack that have one loss, with its settings as the function
+        takes them, and those that have one optimizer; in order."""
+        members = self.member_configs
+        self._loss_runs: list[tuple[Loss, slice, dict[str, Any]]] = []
+        for name, run in _runs([c.loss for c in members]):
+            settings: dict[str, Any] = {
+                key: self._settings[key][run].unsqueeze(1) for key in LOSSES[name].parameters
+            }
+            # A loss without smoothing or weights does not compute with zeros and ones.
+            if any(c.label_smoothing > 0 for c in members[run]):
+                settings["label_smoothing"] = self._settings["label_smoothing"][run].unsqueeze(1)
+            if self._class_weights_HC is not None:
+                settings["class_weights_C"] = self._class_weights_HC[run]
+            self._loss_runs.append((LOSSES[name], run, settings))
+        optimizers = _runs([c.optimizer for c in members])
+        self._optimizer_runs = [(OPTIMIZERS[name], run) for name, run in optimizers]
 
     def _schedule(self, members: Sequence[TrialConfig], steps_per_epoch: int) -> Tensor:
         num_steps = max(c.epochs for c in members) * steps_per_epoch
@@ -336,6 +345,15 @@ class HeadStack:
         ones_C = torch.ones(targets_NC.shape[1])
         rows = [class_weights(c.class_weights, targets_NC.cpu()) for c in members]
         return torch.stack([ones_C if row is None else row for row in rows]).to(self.device)
+
+
+def _runs(values: Sequence[str]) -> Iterator[tuple[str, slice]]:
+    """The longest slices of equal values, in order."""
+    start = 0
+    for value, run in itertools.groupby(values):
+        stop = start + len(list(run))
+        yield value, slice(start, stop)
+        start = stop
 
 
 def _optimizer_numbers(config: TrialConfig) -> dict[str, float]:
