@@ -33,7 +33,7 @@ from .plan import Plan
 from .preparation import SearchRequest, objective_floor, prepare
 from .probe_heads import keep_heads
 from .seeds import choose_seeds, seeds_text
-from .session import Part, Session, tracked, trials_run
+from .session import Part, Session, alone, tracked, trials_run
 from .study import Study, create_study, stored_studies, trial_records
 from .winner import Result, best_candidates, crown_and_register
 
@@ -145,7 +145,11 @@ def run(
     plan, finetune_plan = plans
     result = None
     try:
-        with tracked(session, study) as tracker, cluster(address) as workers:
+        with (
+            alone(study),
+            tracked(session, study) as tracker,
+            cluster(address) as workers,
+        ):
             if session.share != ONE_WORKER:
                 workers.for_trials(share)  # Refused now, and not after the probes.
             with trials_run(session, study, plan, workers, tracker) as part:

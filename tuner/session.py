@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+SESSION_FILE = ".session"
+"""In a study's folder: locked by the process that runs it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Session:
     """What the parts of a search share."""
@@ -54,6 +59,23 @@ class Part:
     features: Mapping[FeatureRequest, str]
     done: bool
     """Whether its budget is spent; False after an interruption."""
+
+
+@contextmanager
+def alone(study: Study) -> Iterator[None]:
+    """One session of a study at a time; the system ends the claim of a process that died.
+
+    Raises InputError if another process runs the study."""
+    with (study.folder / SESSION_FILE).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                "another process runs this study now",
+                where=f"study {study.record.name}",
+                hint="wait for its end, or stop it (Ctrl-C keeps its trials)",
+            ) from error
+        yield
 
 
 @contextmanager

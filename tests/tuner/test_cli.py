@@ -219,6 +219,25 @@ def test_unknown_study_lists_the_known(tuner: Run, home: Path, data: Path, space
     assert tuner("trials", "first", "--json").out == ""
 
 
+def test_a_study_has_one_session_at_a_time(
+    tuner: Run, home: Path, data: Path, space: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The claim is another process' (here: another file description), and ends with it."""
+    from tuner.home import open_home
+    from tuner.session import alone
+    from tuner.study import open_study
+
+    a_study(home, data, "mine")
+    study = open_study(open_home(home), "mine")
+    with alone(study):
+        ended = tuner("resume", "mine")
+        assert ended.code == 2
+        assert "study mine: another process runs this study now" in ended.err
+        assert "wait for its end" in ended.err
+    with alone(study):
+        pass
+
+
 def test_damaged_study_record(tuner: Run, home: Path, data: Path, space: Path) -> None:
     folder = a_study(home, data, "mine")
     record = folder / "study.json"
