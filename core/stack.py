@@ -178,7 +178,8 @@ class HeadStack:
         """The loss of each picture for each head [B, H]."""
         targets_B1C = targets_BC.unsqueeze(1)
         # Split, not sliced: a slice's gradient is the whole stack's, most of it zeros.
-        parts = logits_BHC.split([run.stop - run.start for _, run, _ in self._loss_runs], dim=1)
+        sizes = [run.stop - run.start for _, run, _ in self._loss_runs]
+        parts: tuple[Tensor, ...] = torch.split(logits_BHC, sizes, dim=1)
         losses = [
             loss.function(logits_BhC, targets_B1C, **settings)
             for logits_BhC, (loss, _, settings) in zip(parts, self._loss_runs, strict=True)
