@@ -2,8 +2,9 @@
 
 A probe's settings are taken as far as the fine-tuning space can express them; the sampler chooses
 the rest. A probe's learning rate is its head's: in fine-tuning that is `lr` times
-`head_lr_multiplier`, so the two are chosen with the probe's rate as their product. A probe whose
-backbone the fine-tuning space lacks seeds nothing; rate and decay of another optimizer are left.
+`head_lr_multiplier`, so the two are chosen with the probe's rate as their product; where heads go
+on from the probes' weights, it is left out, as it would undo them. A probe whose backbone the
+fine-tuning space lacks seeds nothing; rate and decay of another optimizer are left.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from core.report import Status
 from .space import SearchSpace
 from .space_check import FINETUNE_ONLY, PROBE_ONLY
 from .space_corners import is_read
-from .space_domain import Domain, Range
+from .space_domain import Constant, Domain, Range
 from .study import TrialRecord
 
 NOT_SEEDED = {"mode", "seed", *FINETUNE_ONLY, *PROBE_ONLY}
@@ -115,11 +116,21 @@ def _optimizer(point: Mapping[str, Any], space: SearchSpace) -> str | None:
 def _with_rates(settings: Mapping[str, Any], space: SearchSpace) -> dict[str, Any]:
     """The point of `settings`, in which `lr` is the head's rate."""
     others = {name: value for name, value in settings.items() if name != "lr"}
+    if _heads_are_trained(space):
+        return space.fit(others)[0]
     for rates in _rates(settings["lr"], space):
         point, _ = space.fit({**others, **rates})
         if rates.keys() & space.parameters.keys() <= point.keys():
             return point
     return space.fit(others)[0]
+
+
+def _heads_are_trained(space: SearchSpace) -> bool:
+    """Whether every trial's head goes on from a probe's weights."""
+    if "head_start" not in space.parameters:
+        return False
+    domains = [branch.domain for branch in space.parameters["head_start"].branches]
+    return all(isinstance(d, Constant) and d.value == "probe" for d in domains)
 
 
 def _rates(head_rate: float, space: SearchSpace) -> Iterator[dict[str, float]]:

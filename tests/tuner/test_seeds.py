@@ -135,6 +135,9 @@ def test_what_does_not_fit_is_left_to_the_sampler(other: Any, left_out: set[str]
         ({"lr": 1e-4}, {"lr": 1e-4, "head_lr_multiplier": 20.0}),
         ({"lr": [1e-5, 1e-4]}, {"lr": 1e-4, "head_lr_multiplier": 20.0}),
         ({"lr": None}, {"lr": None, "head_lr_multiplier": 2.0}),
+        # Where heads are trained already, the rate that trained them would undo them.
+        ({"head_start": "probe"}, {"lr": None, "head_lr_multiplier": None, "weight_decay": 0.1}),
+        ({"head_start": ["probe", "random"], "head_lr_multiplier": 4}, {"lr": 5e-4}),
         (
             {
                 "optimizer": ["adam", "adamw"],
