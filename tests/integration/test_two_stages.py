@@ -23,7 +23,7 @@ from tuner.home import Home
 from tuner.seeds import choose_seeds
 from tuner.study import TrialRecord, open_study
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 
 NUM_PROBES, NUM_FINETUNED = 6, 3
 SPACE = f"""
@@ -234,7 +234,6 @@ def test_the_second_part_is_resumed_by_the_first(place: Workplace, finished: str
     assert "a study named 'one-finetune' exists" in refused
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_an_interruption_between_the_parts_loses_nothing(
     place: Workplace, how: signal.Signals
