@@ -1,8 +1,7 @@
-"""In which precision a frozen backbone is computed.
+"""In which precision backbones, and the products of a head's step, are computed.
 
-bfloat16 where the device multiplies it in hardware: on CPU cores with AVX512-BF16 it took a third
-of the time of float32 (MobileNetV2, both in channels-last order), and heads trained on either
-score alike. Elsewhere it is emulated and slower, so float32.
+bfloat16 where the device multiplies it in hardware, on CPUs with AVX512-BF16 or AMX and on GPUs.
+Elsewhere it is emulated and slower, so float32.
 """
 
 from __future__ import annotations

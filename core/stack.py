@@ -46,7 +46,7 @@ def bytes_of_head(
     num_evaluated: int,
 ) -> int:
     """Memory of one stacked head: weights, gradient, two slots, best weights; what a step holds of
-    its batch (measured: some six times each layer's outputs, and 20 values a logit in the
+    its batch (estimated: some six times each layer's outputs, and 20 values a logit in the
     costliest loss); the logits of the pictures it is evaluated on with two temporaries."""
     widths = [num_features, *config.hidden_sizes, num_classes]
     weights = sum((inputs + 1) * outputs for inputs, outputs in itertools.pairwise(widths))

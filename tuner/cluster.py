@@ -30,8 +30,8 @@ DRIVER_VARIABLES = {
 """Read by Ray when it is imported: no result files beside ours, no advertisement; worker groups
 looked after every half second in place of every two."""
 WORKER_VARIABLES = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Threads that wait must not spin: beside another busy process two spinning threads made a step
-of a stack three times as slow (85 against 33 ms) as two that sleep."""
+"""Threads that wait must not spin: beside another busy process they would keep the cores
+from it, and from each other."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,6 @@ N rows, D features, C classes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
-from core.backbones import Backbone
 from core.classifier import PictureClassifier
 from core.config import TrialConfig
 from core.encoders import Encoder, build_encoder
@@ -28,51 +26,15 @@ from core.pooling import num_head_features
 from core.report import Metrics, Outcome, Status
 from core.stack import head_settings
 
-N, SIZE, C = 48, 24, 4
-TRAIN, VALIDATION = np.arange(32, dtype=np.int64), np.arange(32, N, dtype=np.int64)
-CONFIG = TrialConfig(
-    backbone="tiny", mode="finetune", unfrozen_stages=2, epochs=3, batch_size=12, lr=0.01
-)
+from .tiny_finetuning import SIZE, TRAIN, VALIDATION, C
+from .tiny_finetuning import config as _config
+from .tiny_finetuning import data as _data
+from .tiny_finetuning import encoder as _encoder
+from .tiny_finetuning import images as _images
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Threads cost more than they give at these sizes, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def _block(inputs: int, outputs: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()
-    )
-
-
-def _encoder() -> Encoder:
-    """Four stages of convolution and batch norm: maps of 12, 6, 3 and 2."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = nn.Sequential(_block(3, 4), _block(4, 6), _block(6, 8), _block(8, 8))
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):  # as if it had been trained
-                module.running_mean.uniform_(-0.1, 0.1)
-                module.running_var.uniform_(0.5, 1.5)
-    return Encoder(Backbone(name="tiny", input_size=SIZE), network)
-
-
-def _data() -> tuple[np.ndarray, Tensor]:
-    """Pictures whose classes are bright quarters, with noise."""
-    rng = np.random.default_rng(0)
-    targets = (rng.random((N, C)) < 0.4).astype(np.float32)
-    targets[:, 0] = np.maximum(targets[:, 0], targets.sum(1) == 0)
-    pictures = rng.integers(0, 120, (N, SIZE, SIZE, 3))
-    half = SIZE // 2
-    for label, (top, left) in enumerate(((0, 0), (0, half), (half, 0), (half, half))):
-        place = (slice(None), slice(top, top + half), slice(left, left + half), label % 3)
-        pictures[place] += (targets[:, label, None, None] * 100).astype(np.int64)
-    return pictures.astype(np.uint8), torch.from_numpy(targets)
+CONFIG = _config()
 
 
 def _keep_going(epoch: int, metrics: Metrics) -> bool:
@@ -87,10 +49,6 @@ def _finetune(encoder: Encoder, config: TrialConfig = CONFIG, **settings: Any) -
 
 def _weights(module: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in module.parameters()]
-
-
-def _images(pictures: np.ndarray) -> Tensor:
-    return torch.from_numpy(pictures / 255.0).float().permute(0, 3, 1, 2)
 
 
 def _logits(outcome: Outcome, encoder: Encoder, config: TrialConfig) -> Tensor:
