@@ -11,15 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from .encoders import Encoder, weights_fingerprint
-from .pixels import Pictures, Progress
+from .pictures import DECODING
+from .pixels import Fetched, Pictures, Progress
 from .pooling import num_pooled_features, pooled_features
 from .precision import FLOAT32, autocast
 from .shards import ShardedMatrix, content_key
@@ -54,6 +55,8 @@ class FeatureSpec:
     """Stages that pooled features are taken from."""
     view: str = PLAIN.name
     """How the backbone saw the pictures: see `core.views`."""
+    decoding: int = DECODING
+    """See `core.pictures.DECODING`."""
 
     @property
     def key(self) -> str:
@@ -118,14 +121,16 @@ def compute_features(
     pooling: str,
     blocks: int = 1,
     precision: str,
-    pictures_of: Callable[[int], Pictures],
+    pictures_of: Callable[[int], Fetched],
+    are_decoded: Callable[[int], bool] = lambda shard: False,
     shards: Sequence[int],
     device: torch.device | str = "cpu",
     batch_size: int = BATCH,
     progress: Progress | None = None,
 ) -> None:
     """Fill some shards of a feature matrix. While one is computed, the next one's pictures are
-    read in a thread, and the last one's features are written in another.
+    read in a thread, and what is there already is written in another. On a CPU pictures are not
+    decoded meanwhile, but in turn: two jobs that both want all cores are slower side by side.
 
     Args:
         encoder: frozen; moved to `device` and put in evaluation mode.
@@ -134,6 +139,7 @@ def compute_features(
         blocks: stages that pooled features are taken from.
         precision: see `core.precision`.
         pictures_of: shard -> its uint8 pictures [n, size, size, 3], in the view wanted.
+        are_decoded: shard -> whether its pictures need only be read.
         shards: which ones, in this order.
         batch_size: pictures a forward pass.
         progress: called with (pictures done, pictures to do).
@@ -146,8 +152,12 @@ def compute_features(
     images = torch.empty(
         (batch_size, 3, size, size), device=device, memory_format=torch.channels_last
     )
-    with _writing_behind(store) as write:
-        for shard, pixels in _read_ahead(shards, pictures_of):
+    with _writing_behind() as write:
+        on_cpu = torch.device(device).type == "cpu"
+        ahead = are_decoded if on_cpu else lambda shard: True
+        for shard, fetched in _in_order(shards, pictures_of, ahead):
+            write(fetched.keep)
+            pixels = fetched.pictures
             values = np.empty((len(pixels), *store.shape[1:]), store.dtype)
             for start in range(0, len(pixels), batch_size):
                 batch = pixels[start : start + batch_size]
@@ -164,7 +174,7 @@ def compute_features(
                 done += len(batch)
                 if progress is not None:
                     progress(done, total)
-            write(shard, values)
+            write(partial(store.write_shard, shard, values))
 
 
 @torch.inference_mode()
@@ -189,31 +199,31 @@ def encode(
     return map_NDhw.float().flatten(2).transpose(1, 2)
 
 
-def _read_ahead(
-    shards: Sequence[int], read: Callable[[int], Pictures]
-) -> Iterator[tuple[int, Pictures]]:
-    """Each shard with what `read` gives for it, one read ahead in a thread."""
+def _in_order(
+    shards: Sequence[int], read: Callable[[int], Fetched], ahead: Callable[[int], bool]
+) -> Iterator[tuple[int, Fetched]]:
+    """Each shard with what `read` gives for it: in a thread, while the one before is in use, if
+    `ahead` says so, else when it is its turn."""
     with ThreadPoolExecutor(1) as reader:
-        pending = [reader.submit(read, shards[0])] if shards else []
+        pending: Future[Fetched] | None = None
         for place, shard in enumerate(shards):
-            current = pending.pop()
-            if place + 1 < len(shards):
-                pending.append(reader.submit(read, shards[place + 1]))
-            yield shard, current.result()
+            current = read(shard) if pending is None else pending.result()
+            following = shards[place + 1 : place + 2]
+            pending = reader.submit(read, *following) if following and ahead(*following) else None
+            yield shard, current
 
 
 @contextmanager
-def _writing_behind(
-    store: ShardedMatrix,
-) -> Iterator[Callable[[int, npt.NDArray[np.floating]], None]]:
-    """A `write_shard` that returns at once: checksum and disk take their time in a thread. Only
-    one shard waits; what went wrong with one is raised by the next, or at the end of the block."""
+def _writing_behind() -> Iterator[Callable[[Callable[[], None]], None]]:
+    """Yields a function that does jobs in a thread and returns at once: checksums and disk take
+    their time there. Only one job waits; what went wrong with one is raised by the next, or at the
+    end of the block."""
     pending: list[Future[None]] = []
 
-    def write(shard: int, values: npt.NDArray[np.floating]) -> None:
+    def write(job: Callable[[], None]) -> None:
         if pending:
             pending.pop().result()
-        pending.append(writer.submit(store.write_shard, shard, values))
+        pending.append(writer.submit(job))
 
     with ThreadPoolExecutor(1) as writer:
         yield write

@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import (  # Each of these enters its format into `Image.OPEN`.
     BmpImagePlugin,  # noqa: F401
     GifImagePlugin,  # noqa: F401
@@ -27,6 +28,7 @@ from PIL import (  # Each of these enters its format into `Image.OPEN`.
     TiffImagePlugin,  # noqa: F401
     WebPImagePlugin,  # noqa: F401
 )
+from torch.nn.functional import interpolate
 
 from .errors import InputError, unknown_name
 
@@ -36,6 +38,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 """File name endings that belong to `FORMATS`, lower case."""
 MAX_PIXELS = 50_000_000
 RESIZES = ("squash", "crop")
+DECODING = 2
+"""Part of the keys of what is kept of pictures: counted up when `decode_square` gives others."""
 
 _ORIENTATION_TAG = 0x0112
 _TURNS = {
@@ -145,13 +149,20 @@ def decode_square(
         raise ValueError(
             f"size >= 1 and 0 < crop_ratio <= 1 must hold, got ({size=}, {crop_ratio=})"
         )
-    box = None
-    if resize == "crop":
-        side = min(image.size) * size / round(size / crop_ratio)
-        left, top = (image.width - side) / 2, (image.height - side) / 2
-        box = (left, top, left + side, top + side)
-    square = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return np.array(square, dtype=np.uint8)
+    if resize == "squash":
+        return _squashed(image, size)
+    side = min(image.size) * size / round(size / crop_ratio)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    box = (left, top, left + side, top + side)
+    return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=box), dtype=np.uint8)
+
+
+def _squashed(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
+    """All of the picture. By torch's vector instructions: Pillow's resizing, in a third of its
+    time, takes as long as all else that is done to a picture."""
+    pixels_1Chw = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    square_1CSS = interpolate(pixels_1Chw, (size, size), mode="bicubic", antialias=True)
+    return np.ascontiguousarray(square_1CSS[0].permute(1, 2, 0).numpy())
 
 
 def _decode(stream: BinaryIO, max_pixels: int) -> Image.Image:

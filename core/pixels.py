@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from .pictures import decode_square, default_threads, open_picture
+from .pictures import DECODING, decode_square, default_threads, open_picture
 from .shards import ShardedMatrix, content_key
 
 Pictures = npt.NDArray[np.uint8]
@@ -36,6 +36,8 @@ class PixelSpec:
     """Side of the squares in pixels."""
     resize: str
     """How pictures were made square: see `core.pictures.decode_square`."""
+    decoding: int = DECODING
+    """See `core.pictures.DECODING`."""
 
     @property
     def key(self) -> str:
@@ -44,6 +46,15 @@ class PixelSpec:
     @property
     def square(self) -> Square:
         return self.input_size, self.resize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetched:
+    """The pictures of one shard."""
+
+    pictures: Pictures
+    keep: Callable[[], None]
+    """Writes them to the stores that lacked them; nothing to do for pictures that were found."""
 
 
 class PixelStore:
@@ -75,24 +86,33 @@ class PixelStore:
             dtype="uint8",
         )
 
-    def shard(self, shard: int, others: Sequence[PixelStore] = ()) -> Pictures:
-        """The pictures of one shard, decoded and kept if they were not yet, or were damaged.
+    def fetch(self, shard: int, others: Sequence[PixelStore] = ()) -> Fetched:
+        """The pictures of one shard, decoded if they were not yet, or were damaged.
 
         `others`: stores of further sizes over the same paths. Those that lack the shard, too, get
         their squares from the same decoding. Raises InputError for a picture that cannot be read.
         """
         found: Pictures | None = self.matrix.read_shard(shard)
         if found is not None:
-            return found
+            return Fetched(pictures=found, keep=lambda: None)
         stores = [self, *(store for store in others if not store.matrix.has(shard))]
         squares = decode_pictures(
             self._paths[self.matrix.shard_rows(shard)],
             [store.spec.square for store in stores],
             num_threads=self._num_threads,
         )
-        for store, pixels in zip(stores, squares, strict=True):
-            store.matrix.write_shard(shard, pixels)
-        return squares[0]
+
+        def keep() -> None:
+            for store, pixels in zip(stores, squares, strict=True):
+                store.matrix.write_shard(shard, pixels)
+
+        return Fetched(pictures=squares[0], keep=keep)
+
+    def shard(self, shard: int, others: Sequence[PixelStore] = ()) -> Pictures:
+        """As `fetch`, and kept."""
+        fetched = self.fetch(shard, others)
+        fetched.keep()
+        return fetched.pictures
 
     def fill(
         self,

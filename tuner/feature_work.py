@@ -9,7 +9,7 @@ lack it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from core.features import (
     feature_shape,
     feature_store,
 )
-from core.pixels import Pictures, PixelSpec, PixelStore
+from core.pixels import Fetched, PixelSpec, PixelStore
 from core.shards import ShardedMatrix
 from core.views import BY_NAME, see
 
@@ -109,8 +109,9 @@ class FeatureWork:
             return
         view = BY_NAME[part.request.view]
 
-        def pictures_of(shard: int) -> Pictures:
-            return see(part.pixels.shard(shard, self._others(part, shard)), view)
+        def pictures_of(shard: int) -> Fetched:
+            fetched = part.pixels.fetch(shard, self._others(part, shard))
+            return replace(fetched, pictures=see(fetched.pictures, view))
 
         try:
             compute_features(
@@ -120,6 +121,7 @@ class FeatureWork:
                 blocks=part.request.blocks,
                 precision=part.precision,
                 pictures_of=pictures_of,
+                are_decoded=part.pixels.matrix.has,
                 shards=part.shards,
                 device=device,
                 progress=progress,

@@ -108,7 +108,8 @@ class Passes:
             store,
             pooling="avg",
             precision=self.spec.precision,
-            pictures_of=pixels.shard,
+            pictures_of=pixels.fetch,
+            are_decoded=pixels.matrix.has,
             shards=store.missing_shards(),
             device=self.device,
         )

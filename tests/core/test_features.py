@@ -110,7 +110,7 @@ def _ensure(
         store,
         pooling=pooling,
         precision=precision,
-        pictures_of=_pixel_store(cache, paths).shard,
+        pictures_of=_pixel_store(cache, paths).fetch,
         shards=store.missing_shards(),
         device=device,
         batch_size=3,
@@ -298,8 +298,11 @@ def test_a_training_encoder_is_put_in_evaluation_mode(tmp_path: Path, paths: lis
     assert torch.equal(encoder.network[1].running_mean, before)
 
 
-def test_pictures_of_the_next_shard_are_read_meanwhile(tmp_path: Path, paths: list[Path]) -> None:
-    """At most one shard ahead, in the order asked for, and away from the main thread."""
+@pytest.mark.parametrize("are_decoded", [True, False])
+def test_pictures_of_the_next_shard_are_read_meanwhile_and_decoded_in_turn(
+    tmp_path: Path, paths: list[Path], are_decoded: bool
+) -> None:
+    """In the order asked for, and away from the main thread where they need only be read."""
     encoder = _encoder()
     store = feature_store(
         tmp_path,
@@ -308,12 +311,13 @@ def test_pictures_of_the_next_shard_are_read_meanwhile(tmp_path: Path, paths: li
         row_shape=feature_shape(encoder, "avg"),
     )
     stored_when_read: list[tuple[int, int]] = []
-    read = _pixel_store(tmp_path, paths).shard
+    pixel_store = _pixel_store(tmp_path, paths)
+    in_main_thread: list[bool] = []
 
-    def pictures_of(shard: int) -> pixels.Pictures:
-        assert threading.current_thread() is not threading.main_thread()
+    def pictures_of(shard: int) -> pixels.Fetched:
+        in_main_thread.append(threading.current_thread() is threading.main_thread())
         stored_when_read.append((shard, NUM // SHARD + 1 - len(store.missing_shards())))
-        return read(shard)
+        return pixel_store.fetch(shard)
 
     seen: list[tuple[int, int]] = []
     compute_features(
@@ -322,13 +326,17 @@ def test_pictures_of_the_next_shard_are_read_meanwhile(tmp_path: Path, paths: li
         pooling="avg",
         precision=FLOAT32,
         pictures_of=pictures_of,
+        are_decoded=lambda shard: are_decoded,
         shards=[2, 0, 1],
         progress=lambda done, total: seen.append((done, total)),
     )
     assert [shard for shard, _ in stored_when_read] == [2, 0, 1]
+    # The first is waited for in any case.
+    assert in_main_thread == [True, not are_decoded, not are_decoded]
     # One shard may be in work, and one on its way to the disk.
     assert [stored >= place - 2 for place, (_, stored) in enumerate(stored_when_read)] == [True] * 3
     assert seen == [(2, NUM), (6, NUM), (10, NUM)]
+    assert not pixel_store.matrix.missing_shards()
 
 
 def test_a_picture_that_cannot_be_read_ends_the_work_and_keeps_the_rest(

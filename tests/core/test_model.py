@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from core.config import TrialConfig
 from core.encoders import Encoder, build_encoder
@@ -67,6 +68,12 @@ def saved(tmp_path: Path, pixels: Encoder) -> Path:
     return tmp_path / "model"
 
 
+def _square(data: bytes) -> torch.Tensor:
+    """The picture [3, SIZE, SIZE], as torchvision resizes bytes."""
+    image = v2.functional.pil_to_tensor(Image.open(io.BytesIO(data)))
+    return v2.Resize((SIZE, SIZE), v2.InterpolationMode.BICUBIC)(image)
+
+
 def test_probabilities_are_those_of_plain_numpy(tmp_path: Path, pixels: Encoder) -> None:
     """The whole road once more by hand: resize, scale, normalise, standardise, head, calibrate."""
     rng = np.random.default_rng(0)
@@ -88,8 +95,8 @@ def test_probabilities_are_those_of_plain_numpy(tmp_path: Path, pixels: Encoder)
     bias_C = values["head"].layers[0].bias.detach().numpy()
     expected = []
     for data in pictures:
-        image = Image.open(io.BytesIO(data)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-        scaled = (np.asarray(image) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+        square = _square(data).permute(1, 2, 0).numpy()
+        scaled = (square / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
         features_D = (scaled.transpose(2, 0, 1).reshape(-1) - mean_D) / std_D
         logits_C = weight_CD @ features_D + bias_C
         expected.append(1 / (1 + np.exp(-(0.5 * logits_C - 0.25))))
@@ -148,11 +155,8 @@ def test_standardised_pooled_features_reach_the_head(
     mean_D, std_D = torch.linspace(-1, 1, num_features), torch.linspace(0.5, 2, num_features)
     values = parts(convolutions, "mlp", hidden_sizes=[7, 5], dropout=0.5) | {"pooling": pooling}
     save_model(tmp_path / "model", **values, feature_mean_D=mean_D, feature_std_D=std_D)
-    image = Image.open(io.BytesIO(picture(1))).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     with torch.no_grad():
-        features = convolutions(
-            torch.from_numpy(np.asarray(image) / 255).float().permute(2, 0, 1)[None]
-        )
+        features = convolutions(_square(picture(1))[None] / 255)
         pooled = features.mean((2, 3)) if pooling == "avg" else features.amax((2, 3))
         expected = torch.sigmoid(values["head"].eval()((pooled - mean_D) / std_D))
     np.testing.assert_allclose(
