@@ -69,12 +69,14 @@ def follow_trial(
 
 @contextlib.contextmanager
 def worker_groups(context: Context, workers: Workers, board: BoardHandle) -> Iterator[None]:
-    """Within the block, trials on the board find groups. On exit all groups are gone, unless the
-    block was interrupted and a group is in a long epoch: that one goes with the connection."""
+    """Within the block, trials on the board find groups; a first trial is sure to come. On exit all
+    groups are gone, unless the block was interrupted and a group is in a long epoch: that one goes
+    with the connection."""
     threads = [
         threading.Thread(
             target=_keep_up,
-            args=(f"group-{number}", context, workers, board),
+            # The first group starts while Tune prepares the first trial.
+            args=(f"group-{number}", context, workers, board, number == 0),
             name=f"worker-group-{number}",
             daemon=True,
         )
@@ -94,10 +96,14 @@ def worker_groups(context: Context, workers: Workers, board: BoardHandle) -> Ite
             thread.join(timeout=max(0.0, give_up - time.monotonic()))
 
 
-def _keep_up(group: str, context: Context, workers: Workers, board: BoardHandle) -> None:
-    """One group from its first trial to the end of the study, started anew when it dies."""
+def _keep_up(
+    group: str, context: Context, workers: Workers, board: BoardHandle, at_once: bool
+) -> None:
+    """One group from its first trial to the end of the study, started anew when it dies.
+    `at_once`: without waiting for a trial."""
     try:
-        while board.reserve(group):
+        while at_once or board.reserve(group):
+            at_once = False
             try:
                 _run_group(group, context, workers, board)
             # A trial hears why its workers died, whatever that was; the board counts.

@@ -70,7 +70,12 @@ class Board:
         return wait
 
 
-def _keep(board: Board, monkeypatch: pytest.MonkeyPatch, *deaths: Exception | None) -> int:
+def _keep(
+    board: Board,
+    monkeypatch: pytest.MonkeyPatch,
+    *deaths: Exception | None,
+    at_once: bool = False,
+) -> int:
     """Keep a group up whose runs end so; how often it was run."""
     ends = list(deaths)
     runs = 0
@@ -83,7 +88,7 @@ def _keep(board: Board, monkeypatch: pytest.MonkeyPatch, *deaths: Exception | No
             raise end
 
     monkeypatch.setattr(worker_group, "_run_group", run_group)
-    arguments: Any = (None, None, board)
+    arguments: Any = (None, None, board, at_once)
     _keep_up("group-0", *arguments)
     return runs
 
@@ -96,6 +101,12 @@ def test_a_group_that_dies_is_started_anew(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_nothing_is_started_without_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _keep(Board(0), monkeypatch) == 0
+
+
+def test_the_first_group_does_not_wait_for_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _keep(Board(0), monkeypatch, None, at_once=True) == 1
+    board = Board(1)  # One that dies before it has a trial starts again when there is one.
+    assert _keep(board, monkeypatch, ValueError("x"), None, at_once=True) == 2
 
 
 @pytest.mark.parametrize("connected", [True, False])
