@@ -41,6 +41,7 @@ _SETTINGS = 4
 
 def check_tracking(uri: str) -> None:
     """Raises InputError if there is no MLflow at the address."""
+    _refuse_open_password(uri, "--tracking-uri")
     if uri.startswith(("http://", "https://")):
         try:
             _within(ANSWER_SECONDS, lambda: _ask_health(uri))
@@ -68,6 +69,7 @@ def read_database(
     Raises InputError, with `flag` as its place, if there is no database at the URL.
     """
     where = f"{flag} {without_password(url)}"
+    _refuse_open_password(url, flag)
     try:
         from sqlalchemy import create_engine, inspect
         from sqlalchemy.engine import make_url
@@ -136,13 +138,28 @@ def canonical(url: str) -> str:
 
 
 def without_password(url: str) -> str:
-    """The URL as it may be shown."""
-    return re.sub(r"://([^:/@]+):.*@", r"://\1:***@", url)
+    """The URL, or a text that names one, as it may be shown."""
+    hidden = re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", url)
+    return re.sub(r"([?&](?:ssl)?passw(?:or)?d=)[^&\s]*", r"\1***", hidden)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What an error says, in one line and without passwords."""
+    return without_password((str(error).strip().splitlines() or [type(error).__name__])[0])
+
+
+def _refuse_open_password(url: str, flag: str) -> None:
+    """Raises InputError for a password that ends elsewhere than its writer thinks: the rest of it
+    would be shown, and kept, as a host's name."""
+    user, _, rest = url.partition("://")[2].rpartition("@")
+    is_http = url.startswith(("http://", "https://"))
+    if ":" in user and ("@" in user or (is_http and set(user) & set("/?#"))) and "?" not in rest:
+        raise InputError(
+            "its password holds a character that has a meaning in addresses",
+            where=flag,
+            hint="write @ as %40, / as %2F, ? as %3F, # as %23; or leave the password out and "
+            "set PGPASSWORD (PostgreSQL) or MLFLOW_TRACKING_PASSWORD (MLflow)",
+        )
 
 
 def _ask_health(uri: str) -> None:

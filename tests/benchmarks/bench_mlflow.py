@@ -24,11 +24,11 @@ from measuring import (
     split_rows,
     verdict,
 )
-from servers import mlflow_server, postgres
 
 from core.config import TrialConfig
 from core.probe import train_probes
 from core.report import Outcome, Status
+from tests.servers import mlflow_server, postgres
 from tuner.tracking import Tracker
 
 EPOCHS, METRICS = 30, 8

@@ -1,4 +1,5 @@
-"""Servers that benchmarks start on this machine's loopback and stop by their own process id."""
+"""Servers that tests and benchmarks start on this machine's loopback, and stop by their own process
+id: a real MLflow, a real PostgreSQL that can be stopped and started again meanwhile."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,10 +31,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def mlflow_server(store: str, folder: Path, *, jobs: bool = False) -> Iterator[str]:
+def mlflow_server(
+    store: str, folder: Path, *, jobs: bool = False, port: int | None = None
+) -> Iterator[str]:
     """`mlflow server` on a store; yields its address. `jobs`: with its seven job consumers, its
-    default, which poll all the time and take a core."""
-    port = free_port()
+    default, which poll all the time and take a core. `port`: that of a server that was there
+    before, to start it again."""
+    port = port or free_port()
     command = [
         sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store,
         "--artifacts-destination", str(folder / "served"), "--host", "127.0.0.1",
@@ -53,9 +58,45 @@ def mlflow_server(store: str, folder: Path, *, jobs: bool = False) -> Iterator[s
             _stop_group(server)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Postgres:
+    """A PostgreSQL cluster of its own. It runs when it is handed over."""
+
+    binaries: Path
+    root: Path
+    port: int
+    user: str | None
+    """Who runs it; None for ourselves."""
+
+    @property
+    def url(self) -> str:
+        """SQLAlchemy's."""
+        return f"postgresql+psycopg2://bench@127.0.0.1:{self.port}/postgres"
+
+    def start(self) -> None:
+        options = (
+            f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self.root}"
+        )
+        self._control("-o", options, "start")
+
+    def stop(self) -> None:
+        """At once, as by a power cut: connections break, what was committed is kept."""
+        self._control("-m", "immediate", "stop")
+
+    def _control(self, *arguments: str) -> None:
+        program, data = str(self.binaries / "pg_ctl"), str(self.root / "data")
+        log = str(self.root / "log")
+        _as_user(self.user, [program, "-D", data, "-w", "-l", log, *arguments])
+
+    @property
+    def running(self) -> bool:
+        return (self.root / "data" / "postmaster.pid").exists()
+
+
 @contextmanager
-def postgres(folder: Path) -> Iterator[str | None]:
-    """A new PostgreSQL cluster; yields SQLAlchemy's URL, or None where there is none to run."""
+def postgres_server(folder: Path) -> Iterator[Postgres | None]:
+    """A new PostgreSQL cluster, that can be stopped and started; None where there is none to run.
+    `folder`: where else it would lie, if it could."""
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     found = shutil.which("initdb")
     binaries = programs[0] if programs else Path(found).parent if found else None
@@ -63,22 +104,29 @@ def postgres(folder: Path) -> Iterator[str | None]:
         yield None
         return
     user = _unprivileged()
-    # Its owner must reach it: the benchmark's own folder is closed to others.
+    # Its owner must reach it: a test's or a benchmark's own folder is closed to others.
     root = Path(tempfile.mkdtemp(prefix="bench-postgres-", dir="/tmp"))
-    data, port = root / "data", free_port()
+    server = Postgres(binaries=binaries, root=root, port=free_port(), user=user)
     try:
         if user:
             shutil.chown(root, user)
-        options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={root}"
-        _as_user(user, [str(binaries / "initdb"), "-D", str(data), "-U", "bench", "-A", "trust"])
-        control = [str(binaries / "pg_ctl"), "-D", str(data), "-w", "-l", str(root / "log")]
-        _as_user(user, [*control, "-o", options, "start"])
+        initdb = [str(binaries / "initdb"), "-D", str(root / "data"), "-U", "bench"]
+        _as_user(user, [*initdb, "-A", "trust"])
+        server.start()
         try:
-            yield f"postgresql+psycopg2://bench@127.0.0.1:{port}/postgres"
+            yield server
         finally:
-            _as_user(user, [*control, "-m", "immediate", "stop"])
+            if server.running:
+                server.stop()
     finally:
         shutil.rmtree(root, ignore_errors=True)
+
+
+@contextmanager
+def postgres(folder: Path) -> Iterator[str | None]:
+    """A new PostgreSQL cluster; yields SQLAlchemy's URL, or None where there is none to run."""
+    with postgres_server(folder) as server:
+        yield server.url if server else None
 
 
 def _unprivileged() -> str | None:
