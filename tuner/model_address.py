@@ -12,6 +12,7 @@ from urllib.parse import urlparse
 from core.errors import InputError
 
 from .addresses import canonical, check_tracking
+from .artifacts import S3, check_bucket
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -37,6 +38,8 @@ def find_model(model_uri: str, tracking_uri: str | None, download_to: Path) -> P
     path = urlparse(location).path if location.startswith("file:") else location
     if Path(path).is_dir():
         return Path(path)
+    if location.startswith(S3):
+        check_bucket(location)
     return Path(
         mlflow.artifacts.download_artifacts(
             artifact_uri=location, dst_path=str(download_to), tracking_uri=tracking_uri

@@ -10,6 +10,7 @@ prediction imports; it needs neither this repository nor pickle to load.
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -32,7 +33,7 @@ ENTRY_MODULE = "model"
 MODEL_ARTIFACT = "model"
 CODE_ARTIFACT = "code"
 DIGEST_TAG = "poster_tuner.model_sha256"
-"""On a model version: which saved model it is, so that logging again finds it."""
+"""On a logged model and its version: which saved model it is, so that logging again finds it."""
 MODEL_ID_TAG = "poster_tuner.model_id"
 """On a model version: the logged model, which MLflow's sqlite registry does not keep."""
 REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "safetensors", "torch", "torchvision")
@@ -68,12 +69,14 @@ def log_model(
     """Log what `core.model.save_model` wrote as a model of the run and register it.
 
     `input_example_bytes` is a small encoded picture; it is kept with the model. `metrics` are
-    logged to the run and tied to the model. A version that this run already made of the same
-    directory is found and returned, not made twice; the alias is set either way.
+    logged to the run and tied to the model. What an earlier call already made of the same directory
+    (the logged model, its version) is found by a digest and used, not made twice, so that a call
+    whose answer was lost can be repeated; the alias is set either way.
     Raises InputError for a damaged directory, MlflowException when the server refuses.
     """
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModelStatus
+    from mlflow.exceptions import MlflowException
 
     client = MlflowClient(tracking_uri=tracking_uri)
     digest = _model_digest(model_dir)
@@ -82,12 +85,13 @@ def log_model(
         with tempfile.TemporaryDirectory(prefix="tuner-model-") as temporary:
             folder = Path(temporary) / "mlflow"
             build_model(model_dir, folder, input_example_bytes=input_example_bytes)
-            logged = _create_logged_model(client, model_dir, run_id, tags or {})
+            logged = _logged_model(client, run_id, tags or {}, digest)
             try:
                 _name_owner(folder, logged, run_id)
                 client.log_model_artifacts(logged.model_id, str(folder))
             except BaseException:
-                client.finalize_logged_model(logged.model_id, LoggedModelStatus.FAILED)
+                with contextlib.suppress(MlflowException):  # It may be away: then it stays PENDING.
+                    client.finalize_logged_model(logged.model_id, LoggedModelStatus.FAILED)
                 raise
             client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
         for key, value in (metrics or {}).items():
@@ -180,20 +184,29 @@ def _model_digest(model_dir: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _create_logged_model(
-    client: MlflowClient, model_dir: Path, run_id: str, tags: Mapping[str, str]
+def _logged_model(
+    client: MlflowClient, run_id: str, tags: Mapping[str, str], digest: str
 ) -> LoggedModel:
+    """The run's logged model of this digest, made if it is not there."""
     from mlflow.entities import LoggedModelOutput
 
     run = client.get_run(run_id)
-    logged = client.create_logged_model(
-        run.info.experiment_id,
-        name="classifier",
-        source_run_id=run_id,
-        params=run.data.params,
-        tags=dict(tags),
+    query = f"source_run_id = '{run_id}' AND tags.`{DIGEST_TAG}` = '{digest}'"
+    found = client.search_logged_models([run.info.experiment_id], filter_string=query)
+    logged = (
+        found[0]
+        if found
+        else client.create_logged_model(
+            run.info.experiment_id,
+            name="classifier",
+            source_run_id=run_id,
+            params=run.data.params,
+            tags={**tags, DIGEST_TAG: digest},
+        )
     )
-    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    outputs = run.outputs.model_outputs if run.outputs else []
+    if logged.model_id not in {output.model_id for output in outputs}:
+        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
     return logged
 
 
@@ -211,10 +224,15 @@ def _name_owner(folder: Path, logged: LoggedModel, run_id: str) -> None:
 def _find_version(
     client: MlflowClient, name: str, run_id: str, digest: str
 ) -> ModelVersionInfo | None:
-    for version in client.search_model_versions(f"run_id = '{run_id}'"):
-        if version.name == name and version.tags.get(DIGEST_TAG) == digest:
-            return _info(version)
-    return None
+    found = [
+        version
+        for version in client.search_model_versions(f"run_id = '{run_id}'")
+        if version.name == name and version.tags.get(DIGEST_TAG) == digest
+    ]
+    found.sort(key=lambda version: int(version.version))
+    for version in found[1:]:  # Of a call that was given up and was done after all.
+        client.delete_model_version(name, version.version)
+    return _info(found[0]) if found else None
 
 
 def _register(
