@@ -1,0 +1,319 @@
+"""Drivers of one study: real locks, real PostgreSQL, real processes that are killed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import optuna
+import pytest
+
+import tuner.drivers
+from core.errors import InputError
+from tuner.driver_lock import DriverLock, FileLock, PostgresLock, check_shared, driver_lock
+from tuner.drivers import FOLDER, PREFIX, Driver, driving
+from tuner.storage import open_storage
+from tuner.study import Study
+
+from ..servers import Postgres, postgres_server
+
+BEAT = 0.05
+KINDS = ("journal", "sqlite", "postgresql")
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from tuner.driver_lock import driver_lock
+url = sys.argv[1] or None
+with driver_lock(url, Path(sys.argv[2]), sys.argv[3], wait=lambda: None).hold():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+    with postgres_server(tmp_path_factory.mktemp("postgres")) as server:
+        if server is None:
+            pytest.skip("there is no PostgreSQL here (initdb), or no psycopg2")
+        yield server
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    return "".join(c if c.isalnum() else "-" for c in str(request.node.name))
+
+
+@pytest.fixture
+def url_of(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], str | None]:
+    """The storage URL of a kind; PostgreSQL is started only if it is asked for."""
+
+    def find(kind: str) -> str | None:
+        if kind == "postgresql":
+            url: str = request.getfixturevalue("server").url
+            return url
+        return f"sqlite:///{tmp_path}/optuna.db" if kind == "sqlite" else None
+
+    return find
+
+
+def study_in(home: Path, name: str, url: str | None = None) -> Study:
+    """A study as another home has it; the drivers need no more of its record than this."""
+    folder = home / name
+    folder.mkdir(parents=True, exist_ok=True)
+    record = SimpleNamespace(name=name, storage=url, space={})
+    return Study(folder, record)  # type: ignore[arg-type]
+
+
+def driver_in(
+    study: Study, *, joins: bool = False, lock: DriverLock | None = None, silent: float = 1.0
+) -> Driver:
+    return Driver(
+        study.optuna(),
+        study.folder,
+        joins=joins,
+        lock=lock or FileLock(study.folder / "lock"),
+        beats=study.record.storage is not None,
+        beat_seconds=BEAT,
+        silent_seconds=silent,
+    )
+
+
+# ---- the lock -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_driver_holds_the_lock_at_a_time(
+    kind: str, url_of: Callable[[str], str | None], tmp_path: Path, name: str
+) -> None:
+    locks = [driver_lock(url_of(kind), tmp_path, name, wait=lambda: None) for _ in range(4)]
+    inside, most, turns = 0, 0, []
+
+    def work(lock: DriverLock, number: int) -> None:
+        nonlocal inside, most
+        for _ in range(5):
+            with lock.hold() as kept:
+                inside += 1
+                most = max(most, inside)
+                assert kept()
+                turns.append(number)
+                time.sleep(0.002)
+                inside -= 1
+
+    threads = [threading.Thread(target=work, args=(lock, n)) for n, lock in enumerate(locks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+    assert sorted(turns) == sorted([*range(4)] * 5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_lock_of_a_killed_process_is_free(
+    kind: str, url_of: Callable[[str], str | None], tmp_path: Path, name: str
+) -> None:
+    url = url_of(kind)
+    command = [sys.executable, "-c", HOLD, url or "", str(tmp_path), name]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        taken = threading.Event()
+
+        def take() -> None:
+            with driver_lock(url, tmp_path, name, wait=lambda: None).hold():
+                taken.set()
+
+        thread = threading.Thread(target=take)
+        thread.start()
+        assert not taken.wait(0.5)
+        holder.kill()
+        assert taken.wait(10)
+        thread.join()
+
+
+def test_locks_of_other_studies_do_not_wait(server: Postgres, tmp_path: Path) -> None:
+    def lock(name: str) -> DriverLock:
+        return PostgresLock(server.url, name, wait=lambda: None)
+
+    with lock("one").hold(), lock("two").hold():
+        pass
+
+
+def test_a_lock_is_lost_with_its_server_and_had_again(server: Postgres, name: str) -> None:
+    waits = []
+
+    def wait() -> None:
+        waits.append(server.running)
+        if not server.running:
+            server.start()
+
+    lock = PostgresLock(server.url, name, wait=wait)
+    with lock.hold() as kept:
+        assert kept()
+        server.stop()
+        assert not kept()
+    with lock.hold() as kept:
+        assert kept()
+    assert waits and not waits[0]
+
+
+def test_a_frozen_holder_loses_the_lock(
+    server: Postgres, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuner.driver_lock.IDLE_SECONDS", 1)
+    first, second = (PostgresLock(server.url, name, wait=lambda: None) for _ in range(2))
+    started = time.monotonic()
+    with first.hold() as kept, second.hold() as taken:
+        assert time.monotonic() - started > 0.9
+        assert taken()
+        assert not kept()
+
+
+def test_other_databases_are_refused_for_several_homes() -> None:
+    check_shared("postgresql+psycopg2://me@host/db")
+    check_shared("sqlite:///some.db")
+    with pytest.raises(InputError, match=r"--storage mysql://me:\*\*\*@host/db: several drivers"):
+        check_shared("mysql://me:secret@host/db")
+
+
+# ---- who lives ----------------------------------------------------------------------------
+
+
+@contextmanager
+def registered(driver: Driver) -> Iterator[Driver]:
+    with driver.registered():
+        yield driver
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_drivers_know_each_other_until_they_end(
+    kind: str, url_of: Callable[[str], str | None], tmp_path: Path, name: str
+) -> None:
+    study = study_in(tmp_path, name, url_of(kind))
+    with registered(driver_in(study)) as first:
+        assert first.others() == {} and not first.led
+        with registered(driver_in(study, joins=True)) as joiner:
+            assert first.others() == {joiner.id: True} and not first.led
+            assert joiner.others() == {first.id: False} and joiner.led
+        assert first.others() == {}
+    assert not list((study.folder / FOLDER).iterdir())
+
+
+def test_drivers_of_two_homes_live_as_long_as_they_beat(
+    url_of: Callable[[str], str | None], tmp_path: Path, name: str
+) -> None:
+    url = url_of("postgresql")
+    here, there = (study_in(tmp_path / home, name, url) for home in ("here", "there"))
+    with (
+        registered(driver_in(here, silent=4 * BEAT)) as watching,
+        registered(driver_in(there, joins=True)) as other,
+    ):
+        deadline = time.monotonic() + 20 * BEAT
+        while time.monotonic() < deadline:
+            assert watching.others() == {other.id: True}
+            time.sleep(BEAT / 3)
+        other._stop.set()  # It freezes: nothing is told, nothing is ended.
+        give_up = time.monotonic() + 20
+        while watching.others():
+            assert time.monotonic() < give_up
+            time.sleep(BEAT / 3)
+        other._tell(ended=False)  # And wakes up.
+        assert watching.others() == {other.id: True}
+
+
+def test_time_without_a_look_is_no_silence(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(tuner.drivers, "time", SimpleNamespace(monotonic=lambda: now))
+    study = study_in(tmp_path, name)
+    driver = driver_in(study, silent=20 * BEAT)
+    study.optuna().set_user_attr(PREFIX + "far", {"beat": 1, "joins": True, "ended": False})
+    assert driver.others() == {"far": True}
+    now = 1000.0  # The machine slept.
+    assert driver.others() == {"far": True}
+    for _ in range(17):
+        now += BEAT
+        assert driver.others() == {"far": True}
+    now += 2 * BEAT
+    assert driver.others() == {}
+
+
+def test_a_killed_driver_of_this_home_is_dead_at_once(tmp_path: Path, name: str) -> None:
+    study = study_in(tmp_path, name)
+    driver = driver_in(study)
+    other = "host-1-abc"
+    study.optuna().set_user_attr(PREFIX + other, {"beat": 1, "joins": False, "ended": False})
+    (study.folder / FOLDER).mkdir()
+    code = """
+import fcntl, sys, time
+file = open(sys.argv[1], "w"); fcntl.flock(file, fcntl.LOCK_EX)
+print("locked", flush=True); time.sleep(60)
+"""
+    command = [sys.executable, "-c", code, str(study.folder / FOLDER / other)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert driver.others() == {other: False}
+        process.kill()
+        process.wait()
+        assert driver.others() == {}
+    assert study.optuna().user_attrs[PREFIX + other]["ended"]
+
+
+def test_a_second_first_driver_is_refused(
+    url_of: Callable[[str], str | None], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuner.drivers, "BEAT_SECONDS", BEAT)
+    monkeypatch.setattr(tuner.drivers, "SILENT_SECONDS", 1.0)
+    url = url_of("postgresql")
+    here, there = (study_in(tmp_path / home, name, url) for home in ("here", "there"))
+    with driving(here):
+        for study in (here, there):
+            with (
+                pytest.raises(InputError, match="another process runs this study now"),
+                driving(study),
+            ):
+                pass
+        with driving(there, joins=True) as joiner:
+            assert joiner.led
+    with driving(there):
+        pass
+
+
+def test_a_dead_first_driver_of_another_home_is_waited_out(
+    url_of: Callable[[str], str | None], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuner.drivers, "BEAT_SECONDS", BEAT)
+    monkeypatch.setattr(tuner.drivers, "SILENT_SECONDS", 0.5)
+    study = study_in(tmp_path, name, url_of("postgresql"))
+    study.optuna().set_user_attr(PREFIX + "far", {"beat": 7, "joins": False, "ended": False})
+    started = time.monotonic()
+    with driving(study):
+        assert time.monotonic() - started > 0.4
+
+
+def test_what_the_beat_met_is_raised(server: Postgres, tmp_path: Path, name: str) -> None:
+    study = study_in(tmp_path, name, server.url)
+    study._storage = open_storage(server.url, study.folder, limit=0.2)
+    with pytest.raises(InputError, match="storage"), registered(driver_in(study)) as driver:
+        server.stop()
+        give_up = time.monotonic() + 20
+        try:
+            while driver._error is None and time.monotonic() < give_up:
+                time.sleep(0.05)
+        finally:
+            server.start()
+        driver.check()
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
