@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.distributions import (
     BaseDistribution,
@@ -38,14 +39,23 @@ class BoundedSampler(BaseSampler):
             shown changes then.
         seed: the same seed and the same study propose the same trials.
         num_shown: trials shown at most, besides those that run.
+        as_shown: makes of the ended trials that are selected what is shown.
     """
 
     def __init__(
-        self, build: Callable[[int], BaseSampler], *, seed: int, num_shown: int = NUM_SHOWN
+        self,
+        build: Callable[[int], BaseSampler],
+        *,
+        seed: int,
+        num_shown: int = NUM_SHOWN,
+        as_shown: Callable[[list[FrozenTrial], optuna.Study], list[FrozenTrial]] = (
+            lambda trials, study: trials
+        ),
     ) -> None:
         self._build = build
         self._seed = seed
         self._num_shown = num_shown
+        self._as_shown = as_shown
         self._num_ended = -1
         self._shown: optuna.Study | None = None
         self._twins: dict[int, Trial] = {}
@@ -85,8 +95,9 @@ class BoundedSampler(BaseSampler):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 sampler = self._build(self._seed + self._num_ended)
-            self._shown = optuna.create_study(direction=study.direction, sampler=sampler)
-            self._shown.add_trials(selection(ended, study, self._num_shown))
+            self._shown = optuna.create_study(directions=study.directions, sampler=sampler)
+            shown = selection(ended, study, self._num_shown)
+            self._shown.add_trials(self._as_shown(shown, study))
             self._shown.add_trials([_copy(trial) for trial in running if trial.params])
         return self._shown
 
@@ -96,19 +107,27 @@ def selection(
 ) -> list[FrozenTrial]:
     """The best trials and an even selection of the others, in order of number.
 
-    Complete trials come before pruned ones, and those by how far they came, as TPE ranks them.
+    Ranked as TPE does: complete trials come before pruned ones, those by how far they came, and
+    last what violates a constraint. With several objectives the best are those that the fewest
+    others beat in all of them.
     """
     if len(ended) <= num_shown:
         return list(ended)
-    sign = -1 if study.direction.name == "MAXIMIZE" else 1
-    ranked = sorted(ended, key=lambda trial: _rank(trial, sign))
+    if len(study.directions) == 1:
+        sign = -1 if study.direction.name == "MAXIMIZE" else 1
+        ranked = sorted(ended, key=lambda trial: rank(trial, sign))
+    else:
+        ranked = _by_dominance(ended, study)
     best, rest = ranked[:NUM_BEST], sorted(ranked[NUM_BEST:], key=lambda trial: trial.number)
     num_others = num_shown - len(best)
     others = [rest[(i + 1) * len(rest) // num_others - 1] for i in range(num_others)]
     return sorted([*best, *others], key=lambda trial: trial.number)
 
 
-def _rank(trial: FrozenTrial, sign: int) -> tuple[float, float, float]:
+def rank(trial: FrozenTrial, sign: int) -> tuple[float, float, float]:
+    """A key by which ended trials are sorted, best first; `sign` is -1 to maximise."""
+    if is_infeasible(trial):
+        return (3, 0, 0)
     if trial.state == TrialState.COMPLETE:
         assert trial.value is not None
         return (0, 0, sign * trial.value)
@@ -116,6 +135,25 @@ def _rank(trial: FrozenTrial, sign: int) -> tuple[float, float, float]:
         return (2, 0, 0)
     step = max(trial.intermediate_values)
     return (1, -step, sign * trial.intermediate_values[step])
+
+
+def is_infeasible(trial: FrozenTrial) -> bool:
+    """Whether it violates a constraint; a trial without any counts as feasible."""
+    return any(value > 0 for value in trial.constraints.values())
+
+
+def _by_dominance(ended: Sequence[FrozenTrial], study: optuna.Study) -> list[FrozenTrial]:
+    """Complete, feasible trials by how many others are better in one objective and no worse in
+    any; the rest after them."""
+    signs = np.array([-1 if d.name == "MAXIMIZE" else 1 for d in study.directions])
+    complete = [t for t in ended if t.state == TrialState.COMPLETE and not is_infeasible(t)]
+    losses = signs * np.array([t.values for t in complete]).reshape(len(complete), len(signs))
+    beaten = [
+        int(((losses <= own).all(axis=1) & (losses < own).any(axis=1)).sum()) for own in losses
+    ]
+    order = sorted(range(len(complete)), key=lambda place: beaten[place])
+    numbers = {trial.number for trial in complete}
+    return [complete[place] for place in order] + [t for t in ended if t.number not in numbers]
 
 
 def _copy(trial: FrozenTrial) -> FrozenTrial:

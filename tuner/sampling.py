@@ -8,11 +8,13 @@ since Optuna's stop the study by a call that fails under ask and tell.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from core.errors import InputError
 
 from .space_source import Source, validated
 
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     import optuna
 
     from .space import SearchSpace
+
+WILCOXON_FACTOR = 3
+"""Each of its rungs has so many times the epochs of the one before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,14 @@ class TpeOptions(StartupOptions):
     )
 
 
+class GpOptions(StartupOptions):
+    per: str | None = Field(
+        default=None,
+        description="A parameter, such as backbone, of which each value gets a Gaussian process of "
+        "its own; a bandit shares the trials among them.",
+    )
+
+
 class QmcOptions(Options):
     sequence: Literal["sobol", "halton"] = Field(
         default="sobol", description="The low-discrepancy sequence."
@@ -78,12 +91,30 @@ class MedianOptions(Options):
     min_epochs: int = Field(default=3, ge=1, description="Epochs that every trial may run.")
 
 
+class WilcoxonOptions(Options):
+    p_threshold: float = Field(
+        default=0.1,
+        gt=0,
+        lt=1,
+        description="A trial stops where the test finds it worse than the best at this level.",
+    )
+    min_epochs: int | None = Field(
+        default=None, ge=1, description="Epochs before the first test; default: a ninth of all."
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplerKind:
     """A sampler: its options, and how to build it from them, the space and a seed."""
 
     options: type[Options]
     build: Callable[[Any, SearchSpace, int], optuna.samplers.BaseSampler]
+    learns: bool = True
+    """Whether what trials came to changes what it proposes; else a round may be of any size."""
+    several_objectives: bool = True
+    """Whether it can search for a Pareto front."""
+    one_sequence: bool = False
+    """Whether it walks through one sequence, of which the storage knows its place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +125,11 @@ class PrunerKind:
     options: type[Options]
     build: Callable[[Any, int], optuna.pruners.BasePruner]
     rungs: Callable[[Any, int], Iterable[int]]
+    by_fold: bool = False
+    """Whether it reads what a trial reaches on each fold: see `wilcoxon`."""
+    build_front: Callable[[Any, int, Sequence[str]], optuna.pruners.BasePruner] | None = None
+    """The same for several objectives, of which the last argument names those to minimise; None:
+    it judges by one alone."""
 
 
 def build_sampler(spec: SamplerSpec, space: SearchSpace, seed: int) -> optuna.samplers.BaseSampler:
@@ -103,6 +139,8 @@ def build_sampler(spec: SamplerSpec, space: SearchSpace, seed: int) -> optuna.sa
     """
     kind = SAMPLERS[check_name("sampler", spec.name, SAMPLERS)]
     options = check_options("sampler", spec, kind.options)
+    if space.minimised and not kind.several_objectives:
+        raise _one_objective_only("sampler", spec.name, SAMPLERS, "several_objectives")
     with warnings.catch_warnings():
         from optuna.exceptions import ExperimentalWarning
 
@@ -110,13 +148,21 @@ def build_sampler(spec: SamplerSpec, space: SearchSpace, seed: int) -> optuna.sa
         return kind.build(options, space, seed)
 
 
-def build_pruner(spec: PrunerSpec, max_epochs: int) -> optuna.pruners.BasePruner:
+def build_pruner(
+    spec: PrunerSpec, max_epochs: int, *, minimised: Sequence[str] = ()
+) -> optuna.pruners.BasePruner:
     """The Optuna pruner for trials of up to `max_epochs`; steps are epochs, counted from 1.
 
-    Raises InputError for an unknown name or option.
+    `minimised`: the costs that are objectives beside the first. Raises InputError for an unknown
+    name or option, or a pruner that cannot judge by all objectives.
     """
     kind = PRUNERS[check_name("pruner", spec.name, PRUNERS)]
-    return kind.build(check_options("pruner", spec, kind.options), max_epochs)
+    options = check_options("pruner", spec, kind.options)
+    if not minimised:
+        return kind.build(options, max_epochs)
+    if kind.build_front is None:
+        raise _one_objective_only("pruner", spec.name, PRUNERS, "build_front")
+    return kind.build_front(options, max_epochs, minimised)
 
 
 def rungs(spec: PrunerSpec, max_epochs: int) -> tuple[int, ...]:
@@ -124,6 +170,17 @@ def rungs(spec: PrunerSpec, max_epochs: int) -> tuple[int, ...]:
     kind = PRUNERS[check_name("pruner", spec.name, PRUNERS)]
     epochs = kind.rungs(check_options("pruner", spec, kind.options), max_epochs)
     return tuple(sorted({epoch for epoch in epochs if epoch < max_epochs}))
+
+
+def _one_objective_only(
+    what: str, name: str, registry: Mapping[str, Any], capability: str
+) -> InputError:
+    able = [other for other, kind in registry.items() if getattr(kind, capability)]
+    return InputError(
+        f"{name} knows one objective only",
+        where=what,
+        hint=f"with several objectives: {', '.join(able)}",
+    )
 
 
 def check_name(what: str, name: str, registry: dict[str, Any], source: Source | None = None) -> str:
@@ -170,17 +227,55 @@ def _random(options: Options, space: SearchSpace, seed: int) -> optuna.samplers.
     return RandomSampler(seed=seed)
 
 
-def _gp(options: StartupOptions, space: SearchSpace, seed: int) -> optuna.samplers.BaseSampler:
+def _gp(options: GpOptions, space: SearchSpace, seed: int) -> optuna.samplers.BaseSampler:
     """Gaussian process with log expected improvement, over the parameters that all trials share;
-    those under a condition are drawn by TPE."""
+    those under a condition are drawn by TPE. With `per`: one for each value: `per_backbone`."""
     from optuna.samplers import GPSampler, TPESampler
 
-    return GPSampler(
-        n_startup_trials=options.startup_trials,
-        independent_sampler=TPESampler(seed=seed, n_startup_trials=options.startup_trials),
-        warn_independent_sampling=False,
-        seed=seed,
-    )
+    if options.per is not None:
+        if space.minimised:
+            raise InputError(
+                "per: the sub-studies know one objective only",
+                where="sampler",
+                hint="leave per out, or have one objective",
+            )
+        return _gp_per_value(options.per, options, space, seed)
+
+    def build(seed: int) -> optuna.samplers.BaseSampler:
+        return GPSampler(
+            n_startup_trials=options.startup_trials,
+            independent_sampler=TPESampler(seed=seed, n_startup_trials=options.startup_trials),
+            warn_independent_sampling=False,
+            seed=seed,
+        )
+
+    if not space.constraints:
+        return build(seed)
+    from .bounded import BoundedSampler
+    from .refused import with_refused
+
+    return BoundedSampler(build, seed=seed, as_shown=with_refused)
+
+
+def _gp_per_value(
+    per: str, options: GpOptions, space: SearchSpace, seed: int
+) -> optuna.samplers.BaseSampler:
+    from optuna.samplers import GPSampler
+
+    from .per_backbone import PerValueSampler, values_of
+
+    if space.minimised:
+        raise InputError(
+            "with `per` it knows one objective only",
+            where="sampler",
+            hint="leave `per` out, or take tpe",
+        )
+    startup_each = max(1, options.startup_trials // len(values_of(space, per)))
+
+    def build(seed: int) -> optuna.samplers.BaseSampler:
+        return GPSampler(n_startup_trials=startup_each, warn_independent_sampling=False, seed=seed)
+
+    return PerValueSampler(space, per=per, build=build, startup_each=startup_each, seed=seed)
 
 
 def _cmaes(options: StartupOptions, space: SearchSpace, seed: int) -> optuna.samplers.BaseSampler:
@@ -223,6 +318,25 @@ def _no_pruner(options: Options, max_epochs: int) -> optuna.pruners.BasePruner:
     return NopPruner()
 
 
+def _no_pruner_of_fronts(
+    options: Options, max_epochs: int, minimised: Sequence[str]
+) -> optuna.pruners.BasePruner:
+    return _no_pruner(options, max_epochs)
+
+
+def _successive_halving_of_fronts(
+    options: HalvingOptions, max_epochs: int, minimised: Sequence[str]
+) -> optuna.pruners.BasePruner:
+    """Successive halving by fronts (Schmucker et al. 2021): see `pareto_pruning`."""
+    from .pareto_pruning import FrontPruner
+
+    return FrontPruner(
+        rungs=_halving_rungs(options, max_epochs),
+        reduction_factor=options.reduction_factor,
+        costs=minimised,
+    )
+
+
 def _successive_halving(options: HalvingOptions, max_epochs: int) -> optuna.pruners.BasePruner:
     """Successive halving (Li et al. 2020) by ranks over all trials of the study: see `pruning`."""
     from .pruning import RungPruner
@@ -256,23 +370,40 @@ def _median(options: MedianOptions, max_epochs: int) -> optuna.pruners.BasePrune
     return MedianPruner(n_startup_trials=options.startup_trials, n_warmup_steps=options.min_epochs)
 
 
-def _first_rung(options: HalvingOptions, max_epochs: int) -> int:
+def _wilcoxon(options: WilcoxonOptions, max_epochs: int) -> optuna.pruners.BasePruner:
+    """Stops what a signed-rank test over the folds finds worse than the best: see `wilcoxon`."""
+    from .wilcoxon import FoldPruner
+
+    return FoldPruner(p_threshold=options.p_threshold)
+
+
+def _first_rung(options: HalvingOptions | WilcoxonOptions, max_epochs: int) -> int:
     return options.min_epochs or max(1, max_epochs // 9)
 
 
 SAMPLERS: dict[str, SamplerKind] = {
     "tpe": SamplerKind(options=TpeOptions, build=_tpe),
-    "random": SamplerKind(options=Options, build=_random),
-    "gp": SamplerKind(options=StartupOptions, build=_gp),
-    "cmaes": SamplerKind(options=StartupOptions, build=_cmaes),
-    "qmc": SamplerKind(options=QmcOptions, build=_qmc),
-    "grid": SamplerKind(options=Options, build=_grid),
-    "brute_force": SamplerKind(options=Options, build=_brute_force),
+    "random": SamplerKind(options=Options, build=_random, learns=False),
+    "gp": SamplerKind(options=GpOptions, build=_gp),
+    "cmaes": SamplerKind(options=StartupOptions, build=_cmaes, several_objectives=False),
+    "qmc": SamplerKind(options=QmcOptions, build=_qmc, learns=False, one_sequence=True),
+    "grid": SamplerKind(options=Options, build=_grid, learns=False, one_sequence=True),
+    "brute_force": SamplerKind(
+        options=Options, build=_brute_force, learns=False, one_sequence=True
+    ),
 }
 
 
 def _median_epochs(options: MedianOptions, max_epochs: int) -> Iterable[int]:
     return range(options.min_epochs + 1, max_epochs)
+
+
+def _wilcoxon_epochs(options: WilcoxonOptions, max_epochs: int) -> Iterable[int]:
+    """Few, as in successive halving: every further test is one more chance to err."""
+    epoch = _first_rung(options, max_epochs)
+    while epoch < max_epochs:
+        yield epoch
+        epoch *= WILCOXON_FACTOR
 
 
 def _no_epochs(options: Options, max_epochs: int) -> Iterable[int]:
@@ -281,9 +412,17 @@ def _no_epochs(options: Options, max_epochs: int) -> Iterable[int]:
 
 PRUNERS: dict[str, PrunerKind] = {
     "successive_halving": PrunerKind(
-        options=HalvingOptions, build=_successive_halving, rungs=_halving_rungs
+        options=HalvingOptions,
+        build=_successive_halving,
+        rungs=_halving_rungs,
+        build_front=_successive_halving_of_fronts,
     ),
     "hyperband": PrunerKind(options=HalvingOptions, build=_hyperband, rungs=_halving_rungs),
     "median": PrunerKind(options=MedianOptions, build=_median, rungs=_median_epochs),
-    "none": PrunerKind(options=Options, build=_no_pruner, rungs=_no_epochs),
+    "wilcoxon": PrunerKind(
+        options=WilcoxonOptions, build=_wilcoxon, rungs=_wilcoxon_epochs, by_fold=True
+    ),
+    "none": PrunerKind(
+        options=Options, build=_no_pruner, rungs=_no_epochs, build_front=_no_pruner_of_fronts
+    ),
 }

@@ -20,7 +20,8 @@ from tuner.plan import Plan, make_plan
 from tuner.sampling import build_pruner, build_sampler
 from tuner.searcher import Budget, CohortSearcher
 from tuner.space import SearchSpace, load_space
-from tuner.study import OUTCOME, open_storage, outcome_attribute
+from tuner.storage import open_storage
+from tuner.study import OUTCOME, outcome_attribute
 
 METRICS = ("train_loss", "train_top3_accuracy", "validation_loss", "validation_top3_accuracy", "lr")
 

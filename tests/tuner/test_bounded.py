@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 
+import numpy as np
 import optuna
 import pytest
 from optuna.distributions import FloatDistribution
@@ -139,3 +140,54 @@ def test_pruned_trials_rank_by_how_far_they_came() -> None:
     near = [_ended(n, 0.9, pruned_at=3) for n in range(300)]
     shown = {trial.number for trial in selection([*near, *far], study, 100)}
     assert len(shown & set(range(300, 330))) >= NUM_BEST
+
+
+def test_what_violates_a_constraint_is_not_among_the_best() -> None:
+    study = optuna.create_study(direction="maximize")
+    ended = [_ended(n, 0.5) for n in range(300)]
+    for trial in ended[:40]:
+        trial.set_constraint("size_mb", 1.0)
+        trial.value = 0.9
+    for trial in ended[40:60]:
+        trial.set_constraint("size_mb", -1.0)
+        trial.value = 0.6
+    shown = {trial.number for trial in selection(ended, study, 100)}
+    assert set(range(40, 60)) <= shown
+    assert len(shown & set(range(40))) < 20
+
+
+def test_of_several_objectives_the_front_is_shown() -> None:
+    study = optuna.create_study(directions=["maximize", "minimize"])
+    rng = np.random.default_rng(0)
+    ended = []
+    for number in range(400):
+        score, cost = rng.random(2)
+        trial = create_trial(
+            values=[score, cost],
+            params={"x": score},
+            distributions={"x": FloatDistribution(0, 1)},
+        )
+        trial.number = number
+        ended.append(trial)
+    front = {
+        own.number
+        for own in ended
+        if not any(
+            o.values[0] >= own.values[0] and o.values[1] <= own.values[1] and o is not own
+            for o in ended
+        )
+    }
+    assert 3 < len(front) <= NUM_BEST
+    assert front <= {trial.number for trial in selection(ended, study, 100)}
+
+
+def test_tpe_searches_for_a_front_when_bounded() -> None:
+    study = optuna.create_study(
+        directions=["maximize", "minimize"], sampler=BoundedSampler(_tpe, seed=0, num_shown=60)
+    )
+    for _ in range(80):
+        trial = study.ask()
+        x, y = trial.suggest_float("x", 0, 1), trial.suggest_float("y", 0, 1)
+        study.tell(trial, [x - y, x])
+    late = [trial.params["y"] for trial in study.trials[40:]]
+    assert statistics.median(late) < 0.25  # y costs score and gains nothing
