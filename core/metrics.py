@@ -18,6 +18,8 @@ from torch import Tensor
 
 Array = Tensor | npt.NDArray[Any]
 
+JUDGED_POSITIVES = 10
+"""Positive labels from which on a class is judged by itself."""
 PART = 2**15 - 1
 """Pictures (of all heads) in one part of `topk_hits`: a few such columns fit into a core's cache,
 and below 2**15 values torch does not spread an operation over threads, which would wait for each
@@ -53,6 +55,16 @@ def per_class_recall(
     matched.index_add_(-1, hits.label, hits.hit.to(torch.float64))
     recall = matched / torch.bincount(hits.label, minlength=scores.shape[-1])
     return recall.masked_fill(hits.diverged[..., None], torch.nan)
+
+
+def worst_class_recall(
+    scores: Array, targets: Array, k: int = 3, *, min_positives: int = JUDGED_POSITIVES
+) -> float | None:
+    """The lowest `per_class_recall` of scores [N, C] among the classes with at least
+    `min_positives` positive labels, as fewer say little; None if there is no such class."""
+    recalls_C = per_class_recall(scores, targets, k)
+    judged = as_targets(targets).sum(0) >= min_positives
+    return float(recalls_C[judged.to(recalls_C.device)].min()) if bool(judged.any()) else None
 
 
 def macro_recall(scores: Array, targets: Array, k: int = 3, *, allow_nan: bool = False) -> Tensor:

@@ -26,7 +26,13 @@ from torch import Tensor
 
 from .config import TrialConfig
 from .inputs import FloatMatrix, HeadInputs, Rows
-from .metrics import f1, macro_recall, mean_average_precision, topk_recall
+from .metrics import (
+    f1,
+    macro_recall,
+    mean_average_precision,
+    topk_recall,
+    worst_class_recall,
+)
 from .precision import FLOAT32
 from .report import CohortReport, Metrics, Outcome, Status, keep_going
 from .stack import HeadStack, bytes_of_head, structure
@@ -223,6 +229,10 @@ class _Group:
                 name: float(np.mean([fold[name][stack_place] for fold in folds]))
                 for name in folds[0]
             }
+            if len(folds) > 1:
+                name = f"validation_{self.task.objective}"
+                by_fold = [fold[name][stack_place] for fold in folds]
+                metrics |= {f"{name}_fold_{k}": value for k, value in enumerate(by_fold, 1)}
             wrong = [f"{name} is {v}" for name, v in metrics.items() if not np.isfinite(v)]
             if wrong:
                 self.diverged[place] = f"diverged in epoch {epoch}: {', '.join(wrong)}"
@@ -262,7 +272,11 @@ class _Group:
     def _further_metrics(self, stack_places: list[int]) -> list[dict[str, float]]:
         folds = [fold.further_metrics(stack_places) for fold in self.folds]
         return [
-            {name: float(np.mean([fold[i][name] for fold in folds])) for name in folds[0][i]}
+            {
+                name: float(np.mean([fold[i][name] for fold in folds]))
+                for name in folds[0][i]
+                if all(name in fold[i] for fold in folds)
+            }
             for i in range(len(stack_places))
         ]
 
@@ -375,8 +389,11 @@ class _Fold:
 
 
 def further_metrics(logits_NC: Tensor, targets_NC: Tensor) -> dict[str, float]:
-    """Validation metrics that are worth computing once a trial, at its best epoch."""
+    """Validation metrics that are worth computing once a trial, at its best epoch. The worst class'
+    recall is left out where no class has enough pictures to be judged by."""
+    worst = worst_class_recall(logits_NC, targets_NC)
     return {
+        **({} if worst is None else {"validation_worst_class_recall": worst}),
         "validation_mean_average_precision": float(mean_average_precision(logits_NC, targets_NC)),
         "validation_macro_recall": float(macro_recall(logits_NC, targets_NC)),
         "validation_micro_f1": f1(torch.sigmoid(logits_NC), targets_NC),
