@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, NoRoomError
 
 LAST = "last.pt"
 PREVIOUS = "previous.pt"
@@ -95,7 +95,7 @@ class Checkpoints:
             free = needed  # not even that can be read: nothing is known of what is missing
         # With a quota or a limit on files, the disk itself has room, and nobody says how much.
         missing = f", {_megabytes(needed - free)} more than there is" if free < needed else ""
-        return InputError(
+        return NoRoomError(
             f"no room for a checkpoint: it takes {_megabytes(needed)}{missing} ({error.strerror})",
             where=str(self.folder),
             hint="free some room, or name a folder on another disk with TUNER_HOME; "

@@ -25,11 +25,17 @@ class InputError(ValueError):
         return f"{text}\n  {self.hint}" if self.hint else text
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild, (self.problem, self.where, self.hint))
+        return (_rebuild, (type(self), self.problem, self.where, self.hint))
 
 
-def _rebuild(problem: str, where: str | None, hint: str | None) -> InputError:
-    return InputError(problem, where=where, hint=hint)
+class NoRoomError(InputError):
+    """A disk is full. What was being done is right, and goes on once there is room."""
+
+
+def _rebuild(
+    kind: type[InputError], problem: str, where: str | None, hint: str | None
+) -> InputError:
+    return kind(problem, where=where, hint=hint)
 
 
 def unknown_name(kind: str, name: object, valid: object, *, where: str | None = None) -> InputError:

@@ -60,6 +60,16 @@ class ChannelHandle:
         return items
 
 
+def beside_driver() -> dict[str, Any]:
+    """Options of an actor that the whole study needs: it takes no cores, and lives on the driver's
+    own machine, so that the loss of another one leaves it alone."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    node = ray.get_runtime_context().get_node_id()
+    strategy = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+    return {"num_cpus": 0, "scheduling_strategy": strategy}
+
+
 def start_channel() -> ChannelHandle:
     """A new channel; it ends with the driver."""
-    return ChannelHandle(ray.remote(num_cpus=0)(Channel).remote())
+    return ChannelHandle(ray.remote(**beside_driver())(Channel).remote())

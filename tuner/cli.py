@@ -2,12 +2,14 @@
 until a command runs, so that `tuner --help` answers at once.
 
 Exit codes: 0 done; 1 an error of ours; 2 a mistake in what was handed in (`InputError`), said
-without a traceback; 130 stopped by a person, with the state kept.
+without a traceback; 130 stopped by a person (SIGINT), 143 by a machine (SIGTERM), with the state
+kept.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ import click
 
 from core.errors import InputError
 
-from . import cli_cache, cli_data, cli_models
+from . import cli_cache, cli_data, cli_join, cli_models, cli_rerun
 from .options import (
+    choice_options,
     data_options,
     finalist_arguments,
     finalist_options,
@@ -25,8 +28,8 @@ from .options import (
     table_arguments,
     worker_options,
 )
+from .signals import exit_code, interruption
 
-INTERRUPTED = 130
 SEED = click.IntRange(0, 2**31 - 1)
 
 
@@ -58,6 +61,17 @@ def cli() -> None:
     "--hours", type=float,
     help="Start no trial after this time; of a two-part space, no probe after half of it.",
 )  # fmt: skip
+@click.option(
+    "--device-hours", type=float,
+    help="Start no trial after devices were busy for so long; half of it for probes, as above.",
+)  # fmt: skip
+@click.option(
+    "--from-study", metavar="NAME,NAME",
+    help="Earlier studies (or their folders) whose best trials are tried first.",
+)  # fmt: skip
+@click.option(
+    "--from-trials", type=int, default=10, show_default=True, help="How many of their trials.",
+)  # fmt: skip
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seeds split and search.")
 @click.option("--folds", type=int, help="Validate on this many folds instead of one part.")
 @click.option(
@@ -68,6 +82,10 @@ def cli() -> None:
 @finalist_options
 @click.option("--storage", help="Optuna's database URL. Default: a file in the study's folder.")
 @click.option("--tracking-uri", help="MLflow's address. Default: a store in the home folder.")
+@click.option(
+    "--artifacts", metavar="URL",
+    help="Where a new MLflow experiment keeps models: a folder, or s3://BUCKET/PREFIX.",
+)  # fmt: skip
 @click.option("--model", help="Name to register the winner under. Default: the data folder's.")
 @click.option(
     "--weights", metavar="DIR|none",
@@ -82,6 +100,9 @@ def search(
     trials: int | None,
     finetune_trials: int | None,
     hours: float | None,
+    device_hours: float | None,
+    from_study: str | None,
+    from_trials: int,
     seed: int,
     folds: int | None,
     address: str,
@@ -89,6 +110,7 @@ def search(
     gpus_per_worker: float | None,
     storage: str | None,
     tracking_uri: str | None,
+    artifacts: str | None,
     model: str | None,
     weights: str | None,
     skip_bad_images: bool,
@@ -103,10 +125,11 @@ def search(
 
     from .cluster import Share
     from .finalists import FinalistOptions
+    from .plan_view import print_plan
     from .preparation import SearchRequest
     from .search import search as run_search
     from .space import load_space
-    from .summary import print_end, print_plan
+    from .summary import print_end
 
     console = Console()
     finalists = FinalistOptions(**finalist_arguments(data))
@@ -117,12 +140,16 @@ def search(
         trials=trials,
         finetune_trials=finetune_trials,
         hours=hours,
+        device_hours=device_hours,
+        from_study=tuple(filter(None, (from_study or "").split(","))),
+        from_trials=from_trials,
         seed=seed,
         address=address,
         share=Share(workers=workers_per_trial, gpus=gpus_per_worker),
         finalists=finalists,
         storage=storage,
         tracking_uri=tracking_uri,
+        artifacts=artifacts,
         model=model,
         weights="none" if weights == "none" else "auto",
         weights_dir=None if weights in (None, "none") else Path(str(weights)),
@@ -134,8 +161,8 @@ def search(
         return
     end = run_search(request, home_of(), console)
     print_end(end, console)
-    if end.result is None:
-        sys.exit(INTERRUPTED)
+    if end.stopped_by is not None and end.result is None:
+        sys.exit(exit_code(end.stopped_by))
 
 
 @cli.command()
@@ -143,14 +170,19 @@ def search(
 @click.option("--trials", type=int, help="New number of trials in all. Default: as before.")
 @click.option("--finetune-trials", type=int, help="The same of a two-part study's second part.")
 @click.option("--hours", type=float, help="Start no trial after this time.")
+@click.option(
+    "--device-hours", type=float, help="New device-hours of all sessions. Default: as before."
+)
 @click.option("--address", default="local", show_default=True, help="Ray: see `tuner search`.")
 @worker_options
 @finalist_options
+@choice_options
 def resume(
     study: str,
     trials: int | None,
     finetune_trials: int | None,
     hours: float | None,
+    device_hours: float | None,
     address: str,
     workers_per_trial: int,
     gpus_per_worker: float | None,
@@ -171,13 +203,13 @@ def resume(
     home = home_of()
     end = resume_search(
         open_study(home, study), home, console, trials=trials, finetune_trials=finetune_trials,
-        hours=hours, address=address,
+        hours=hours, device_hours=device_hours, address=address,
         share=Share(workers=workers_per_trial, gpus=gpus_per_worker),
         finalists=finalist_arguments(finalists),
     )  # fmt: skip
     print_end(end, console)
-    if end.result is None:
-        sys.exit(INTERRUPTED)
+    if end.stopped_by is not None and end.result is None:
+        sys.exit(exit_code(end.stopped_by))
 
 
 @cli.command()
@@ -224,6 +256,7 @@ def space_show(space: str) -> None:
 @click.argument("space")
 def space_check(space: str) -> None:
     """Check a space; says how many configurations it holds."""
+    from .constraints import goals_text
     from .space import load_space
 
     found = load_space(space)
@@ -234,6 +267,7 @@ def space_check(space: str) -> None:
         click.echo(
             f"{found.name}{then}: {len(part.parameters)} parameters, {number} configurations, "
             f"{part.trials} trials by {part.sampler.name}, pruned by {part.pruner.name}"
+            + (f"; {goals_text(part)}" if goals_text(part) else "")
         )
 
 
@@ -250,8 +284,10 @@ def ui(port: int, host: str, tracking_uri: str | None) -> None:
 
 cli.add_command(cli_cache.cache)
 cli.add_command(cli_data.data)
+cli.add_command(cli_join.join)
 cli.add_command(cli_models.predict)
 cli.add_command(cli_models.evaluate)
+cli.add_command(cli_rerun.rerun)
 
 
 def main() -> None:
@@ -267,6 +303,7 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as end:
         click.echo("stopped", err=True)
-        sys.exit(INTERRUPTED)
+        # Click tells of an interruption by an exception of its own.
+        sys.exit(exit_code(interruption(end.__cause__ or end) or signal.SIGINT))

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from core.errors import InputError
 
 from .addresses import check_cluster, first_line
+from .signals import own_signals
 
 LOCAL = "local"
 AUTO = "auto"
@@ -26,6 +27,7 @@ DRIVER_VARIABLES = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
 """Read by Ray when it is imported: no result files beside ours, no advertisement; worker groups
 looked after every half second in place of every two."""
@@ -172,14 +174,15 @@ def cluster(address: str) -> Iterator[Workers]:
     if ray.is_initialized():
         raise RuntimeError("this process is connected to a Ray already")
     try:
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            include_dashboard=False if address == LOCAL else None,
-            # Workers of our own Ray inherit our environment.
-            runtime_env=None if address == LOCAL else {"env_vars": WORKER_VARIABLES},
-        )
+        with own_signals():
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                include_dashboard=False if address == LOCAL else None,
+                # Workers of our own Ray inherit our environment.
+                runtime_env=None if address == LOCAL else {"env_vars": WORKER_VARIABLES},
+            )
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, RayError) as error:
         raise InputError(
             f"Ray cannot be reached ({first_line(error)})",
@@ -190,6 +193,13 @@ def cluster(address: str) -> Iterator[Workers]:
         yield _workers(ray.nodes(), address)  # type: ignore[no-untyped-call]
     finally:
         ray.shutdown()
+
+
+def local_threads() -> int:
+    """Threads of the one worker of a Ray of our own on this machine, without GPUs."""
+    from ray._private.utils import get_num_cpus
+
+    return max(1, int(get_num_cpus()))
 
 
 def check_address(address: str) -> None:

@@ -8,6 +8,7 @@ answer waits in the channel. Nothing here knows Optuna or MLflow.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from core.config import TrialConfig
-from core.errors import InputError
+from core.errors import InputError, NoRoomError
 from core.report import CohortReport, Metrics, Outcome, Status
 
 from .channel import ChannelHandle
@@ -53,6 +54,9 @@ def run_cohort(job: Mapping[str, Any], context: Context, channel: ChannelHandle)
     )
     try:
         outcomes = trainer.fit().return_value
+    except NoRoomError as error:
+        # For the driver to raise: its trials have no end yet, and no other could go on either.
+        outcomes = error
     except InputError as error:
         # A trial that cannot run is a result; anything else is for Tune to retry.
         outcomes = [Outcome(status=Status.FAILED, reason=str(error)) for _ in configs]
@@ -139,6 +143,13 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     draft.replace(path)
 
 
+def fold_values_of(metrics: Metrics, key: str) -> list[float]:
+    """A metric on each fold, first to last; empty where there is one validation part."""
+    folds = range(1, len(metrics) + 1)
+    names = itertools.takewhile(metrics.__contains__, (f"{key}_fold_{k}" for k in folds))
+    return [metrics[name] for name in names]
+
+
 def tune_report(
     name: str, context: Context, channel: ChannelHandle, send: Callable[[dict[str, Any]], None]
 ) -> CohortReport:
@@ -154,7 +165,9 @@ def tune_report(
         last = now
         # Lists, as Tune takes mappings apart.
         values = [trial[key] for trial in metrics.values()]
-        send({"epoch": epoch, "places": list(metrics), "values": values})
+        by_fold = [fold_values_of(trial, key) for trial in metrics.values()]
+        folds = {"folds": by_fold} if any(by_fold) else {}
+        send({"epoch": epoch, "places": list(metrics), "values": values, **folds})
         return channel.ruling(name, epoch) if epoch in context.rungs else ()
 
     return report

@@ -46,6 +46,10 @@ class ExtractionProgress:
     """Pictures of its part that are done."""
     total: int
     """Pictures of its part that were missing."""
+    seconds: float = 0.0
+    """Since it began with them."""
+    decodes: bool = False
+    """Whether it reads picture files for them."""
 
 
 Watch = Callable[[ExtractionProgress], None]
@@ -160,7 +164,14 @@ def _extract_share(job: dict[str, Any], share: tuple[int, int]) -> None:
     device = prepare_worker(context)
     try:
         work = plan_work(context, job["requests"], share)
-        do_work(context, work, device=device, progress_of=line.progress_of)
+        parts = {part.request: part for part in work.parts}
+
+        def progress_of(request: FeatureRequest) -> Callable[[int, int], None]:
+            matrix, shards = parts[request].pixels.matrix, parts[request].shards
+            decodes = any(not matrix.has(shard) for shard in shards)
+            return line.progress_of(request, decodes=decodes)
+
+        do_work(context, work, device=device, progress_of=progress_of)
         if share[0] == 0:
             folders = {part.request: str(part.matrix.folder) for part in work.parts}
             line.hand_over(folders)
@@ -191,10 +202,11 @@ class _Line:
         while not self._is_held():
             time.sleep(POLL_SECONDS)
 
-    def progress_of(self, request: FeatureRequest) -> Callable[[int, int], None]:
+    def progress_of(self, request: FeatureRequest, *, decodes: bool) -> Callable[[int, int], None]:
         """A `core` progress callable that passes news on a few times a second, and raises
         _StoppedError if this worker is to end."""
         last = 0.0
+        started = time.monotonic()
 
         def progress(done: int, total: int) -> None:
             nonlocal last
@@ -203,7 +215,14 @@ class _Line:
                 return
             last = now
             self.deliver(
-                ExtractionProgress(worker=self._worker, label=request.label, done=done, total=total)
+                ExtractionProgress(
+                    worker=self._worker,
+                    label=request.label,
+                    done=done,
+                    total=total,
+                    seconds=now - started,
+                    decodes=decodes,
+                )
             )
             self._is_held()
 

@@ -10,7 +10,7 @@ more on training and validation rows together (a refit). What came out is scored
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from core.errors import InputError
 
+from .constraints import NO_BOUNDS, RECALL, why_not
 from .context import Context
 from .ensemble import EnsembleReport, Part, choose_ensemble, validation_logits
 from .repeats import Candidate, Record, Repeat, Runner, clear_weights, repeats_of, train_missing
@@ -40,6 +41,11 @@ class FinalistOptions:
     """Whether what won is trained once more on training and validation rows."""
     ensemble: int | None = None
     """Picks of an ensemble at most, >= 2; None: a single model."""
+    pick: str | None = None
+    """The only trial that may win: its number, or STUDY/NUMBER of a two-part study."""
+    max_latency_ms: float | None = None
+    max_size_mb: float | None = None
+    """Trials that cost more may not win."""
 
     def __post_init__(self) -> None:
         """Raises InputError that names the flag."""
@@ -50,12 +56,22 @@ class FinalistOptions:
         ):
             if value is not None and value < least:
                 raise InputError(f"at least {least} must hold, but got {value}", where=flag)
+        for name, most in self.most.items():
+            if not most > 0:
+                flag = f"--max-{name.replace('_', '-')}"
+                raise InputError(f"it must be positive, but got {most:g}", where=flag)
         if self.ensemble is not None and self.seeds < 2:
             raise InputError(
                 "an ensemble is judged by seeds that did not pick it, so it takes 2 or more",
                 where="--ensemble",
                 hint="with --seeds 3",
             )
+
+    @property
+    def most(self) -> dict[str, float]:
+        """Name of a cost -> the most that a winner may have."""
+        limits = {"latency_ms": self.max_latency_ms, "size_mb": self.max_size_mb}
+        return {name: most for name, most in limits.items() if most is not None}
 
 
 AS_USUAL = FinalistOptions()
@@ -76,6 +92,10 @@ class Finalist:
     """The objective of each repetition that did not diverge."""
     failed: int
     """Repetitions that did."""
+    worst_class_recall: float | None = None
+    """The mean of its repetitions; None where no class has enough pictures."""
+    out: str = ""
+    """The constraint that it violates, on which account it cannot win."""
 
     @property
     def mean(self) -> float:
@@ -138,20 +158,27 @@ Runs = list[tuple[Repeat, Record]]
 
 
 def crown(
-    context: Context, candidates: Sequence[Candidate], options: FinalistOptions, run: Runner
+    context: Context,
+    candidates: Sequence[Candidate],
+    options: FinalistOptions,
+    run: Runner,
+    *,
+    bounds: Mapping[str, float] = NO_BOUNDS,
 ) -> Winner:
     """Repeat the candidates, choose, score once on test, and save the winner's model.
 
-    Repetitions that an earlier session finished are taken as they are. Raises InputError if none
-    can be trained again.
+    Repetitions that an earlier session finished are taken as they are. A finalist whose
+    repetitions violate a constraint (`bounds`) on average is out. Raises InputError if none can be
+    trained again, or all are out.
     """
-    ranked = _repeat(context, candidates, options.seeds, run)
+    ranked, out = _keeping(context, _repeat(context, candidates, options.seeds, run), bounds)
     report: EnsembleReport | None = None
     parts: list[Part] = []
     if options.ensemble is not None:
         report, parts = choose_ensemble(context, ranked, num_picks=options.ensemble, run=run)
     if not parts:
-        best, _ = max(ranked[0], key=lambda r: -np.inf if r[1].value is None else r[1].value)
+        kept = [pair for pair in ranked[0] if not _violated([pair], bounds)]
+        best, _ = max(kept, key=lambda r: -np.inf if r[1].value is None else r[1].value)
         parts = [Part(repeat=best)]
     refits: list[Repeat] | None = None
     if options.refit:
@@ -165,7 +192,8 @@ def crown(
     )
     scored: Scored = run(score_and_save, [(0, STEP, verdict)], {STEP: 1})[0]
     clear_weights(context, keep=saved)
-    return _winner(context, ranked, report, verdict, scored)
+    winner = _winner(context, ranked, report, verdict, scored)
+    return dataclasses.replace(winner, finalists=(*winner.finalists, *out))
 
 
 def _repeat(
@@ -191,6 +219,39 @@ def _repeat(
     return sorted(ended, key=place)
 
 
+def _keeping(
+    context: Context, ranked: list[Runs], bounds: Mapping[str, float]
+) -> tuple[list[Runs], list[Finalist]]:
+    """The finalists that keep the constraints, and those that do not."""
+    reasons = [_violated(runs, bounds) for runs in ranked]
+    kept = [runs for runs, reason in zip(ranked, reasons, strict=True) if not reason]
+    out = [
+        dataclasses.replace(_finalist(runs), out=reason)
+        for runs, reason in zip(ranked, reasons, strict=True)
+        if reason
+    ]
+    if not kept:
+        raise InputError(
+            f"every finalist violates a constraint once it is trained again: {out[0].label}: "
+            f"{out[0].out}",
+            where=f"study {context.study}",
+            hint="with more finalists: tuner resume STUDY --finalists 20; or more trials",
+        )
+    return kept, out
+
+
+def _violated(runs: Runs, bounds: Mapping[str, float]) -> str:
+    """Why these repetitions cannot win together; empty if they can. Their costs are those of the
+    trial, and have been judged."""
+    recall = _mean_recall(runs)
+    return why_not(bounds, {} if recall is None else {RECALL: recall})
+
+
+def _mean_recall(runs: Runs) -> float | None:
+    recalls = [r.worst_class_recall for _, r in runs if r.worst_class_recall is not None]
+    return float(np.mean(recalls)) if recalls else None
+
+
 def _finalist(runs: Runs) -> Finalist:
     candidate = runs[0][0].candidate
     values = tuple(record.value for _, record in runs if record.value is not None)
@@ -202,6 +263,7 @@ def _finalist(runs: Runs) -> Finalist:
         value=candidate.value,
         values=values,
         failed=len(runs) - len(values),
+        worst_class_recall=_mean_recall(runs),
     )
 
 

@@ -19,6 +19,9 @@ def finalist_table(winner: Winner) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for name in ("backbone", "mode"):
         table.add_column(name)
+    any_out = any(finalist.out for finalist in winner.finalists)
+    if any_out:
+        table.add_column("cannot win, as")
     for finalist in winner.finalists:
         seeds = str(len(finalist.values))
         if finalist.failed:
@@ -31,6 +34,7 @@ def finalist_table(winner: Winner) -> Table:
             percent(finalist.value),
             finalist.backbone,
             finalist.mode,
+            *([finalist.out] if any_out else []),
         )
     return table
 

@@ -19,6 +19,8 @@ import ray
 
 from core.report import Metrics, Outcome, Status
 
+from .channel import beside_driver
+
 RETRIES = 2
 """How often a trial whose workers died is taken up again."""
 WAIT_SECONDS = 10.0
@@ -282,4 +284,4 @@ class BoardHandle:
 
 def start_board(num_ranks: int) -> BoardHandle:
     """A new board for groups of so many workers; it ends with the driver."""
-    return BoardHandle(ray.remote(num_cpus=0)(JobBoard).remote(num_ranks))
+    return BoardHandle(ray.remote(**beside_driver())(JobBoard).remote(num_ranks))

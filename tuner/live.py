@@ -7,7 +7,7 @@ The view hears of trials as a `Watcher` and draws; it decides nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,8 @@ from core.report import Outcome, Status
 from core.split import Split
 from core.table import Table as Labelled
 
+from .device_time import DeviceMeter
+from .outage import away_line, back_line
 from .outcomes import EndedTrial
 from .space import SearchSpace
 from .steps import LINE_SECONDS, duration
@@ -41,11 +43,21 @@ class StudyView:
         space: what is searched.
         budget: trials in all.
         floor: the objective that always answering the commonest classes reaches.
+        meter: counts the device time; None: it is not limited.
     """
 
-    def __init__(self, console: Console, space: SearchSpace, *, budget: int, floor: float) -> None:
+    def __init__(
+        self,
+        console: Console,
+        space: SearchSpace,
+        *,
+        budget: int,
+        floor: float,
+        meter: DeviceMeter | None = None,
+    ) -> None:
         self.console = console
         self._objective = space.objective
+        self._costs = space.costs
         self._budget = budget
         self._floor = floor
         self._started = time.monotonic()
@@ -54,6 +66,10 @@ class StudyView:
         self._running: dict[int, tuple[int, float | None]] = {}
         self._already_done = 0
         self._last_line = 0.0
+        self._storage_away: float | None = None
+        self._meter = meter
+        self.tracking_away: Callable[[], str] = str
+        """Asked for a line about MLflow; empty while that answers."""
 
     def announce(self, name: str, table: Labelled, split: Split) -> None:
         """The first line: what is searched on what."""
@@ -85,7 +101,9 @@ class StudyView:
     def render(self) -> RenderableType:
         """The status line and the best trials so far."""
         best = [(number, settings, outcome) for _, number, settings, outcome in self._best]
-        table = trial_table(best[:SHOWN_TRIALS], objective=self._objective, floor=self._floor)
+        table = trial_table(
+            best[:SHOWN_TRIALS], objective=self._objective, floor=self._floor, costs=self._costs
+        )
         return Group(self._status(), table)
 
     def _status(self) -> Text:
@@ -96,6 +114,13 @@ class StudyView:
             epochs = [epoch for epoch, _ in self._running.values()]
             parts.append(f"{len(self._running)} running (epoch {max(epochs)})")
         text = Text.assemble((share, "bold"), "   ", ", ".join(parts), f"   {self._time_left()}")
+        if self._storage_away is not None:
+            away = duration(time.monotonic() - self._storage_away)
+            text.append(f"   storage away for {away}", "yellow")
+        if tracking := self.tracking_away():
+            text.append(f"   {tracking}", "yellow")
+        if self._meter is not None and self._meter.text():
+            text.append(f"   {self._meter.text()}")
         text.append(f"   always the commonest classes: {percent(self._floor)}", "dim")
         return text
 
@@ -121,6 +146,17 @@ class StudyView:
         )
         self.console.print(f"{self._status().plain}{best}", highlight=False, soft_wrap=True)
 
+    # ---- an OutageWatcher -------------------------------------------------------------------
+
+    def storage_away(self, seconds: float, reason: str) -> None:
+        if self._storage_away is None:
+            self._storage_away = time.monotonic() - seconds
+            self.console.print(away_line(reason), style="yellow", highlight=False, markup=False)
+
+    def storage_back(self, seconds: float) -> None:
+        self._storage_away = None
+        self.console.print(back_line(seconds), style="green", highlight=False, markup=False)
+
     # ---- a Watcher ------------------------------------------------------------------------
 
     def trial_started(self, number: int, settings: Mapping[str, Any]) -> None:
@@ -143,12 +179,19 @@ class StudyView:
 
 
 def trial_table(
-    trials: Sequence[tuple[int, Mapping[str, Any], Outcome]], *, objective: str, floor: float
+    trials: Sequence[tuple[int, Mapping[str, Any], Outcome]],
+    *,
+    objective: str,
+    floor: float,
+    costs: Sequence[str] = (),
 ) -> Table:
-    """The best trials, best first. A value at or below `floor` is red: it has learnt nothing."""
+    """The best trials, best first. A value at or below `floor` is red: it has learnt nothing.
+    `costs`: further columns."""
     table = Table(header_style="bold", border_style="dim")
     table.add_column("trial", justify="right")
     table.add_column(objective, justify="right", no_wrap=True)
+    for name in costs:
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("epoch", justify="right")
     table.add_column("backbone")
     table.add_column("settings")
@@ -156,6 +199,7 @@ def trial_table(
         table.add_row(
             str(number),
             value_text(outcome.best_value, floor),
+            *(cost_text(outcome.best_metrics.get(name)) for name in costs),
             str(outcome.best_epoch or "-"),
             str(settings.get("backbone", "")),
             settings_line(settings),
@@ -191,6 +235,11 @@ def setting_text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "-".join(str(item) for item in value)
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def cost_text(value: float | None) -> str:
+    """A cost as a table shows it; `-` where it is not known. Its name holds the unit."""
+    return "-" if value is None else f"{value:.3g}"
 
 
 def percent(share: float) -> str:

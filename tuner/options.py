@@ -54,6 +54,22 @@ _FINALIST_OPTIONS = (
 )  # fmt: skip
 
 
+_CHOICE_OPTIONS = (
+    click.option(
+        "--pick", metavar="TRIAL",
+        help="Register this trial's model, in place of the best: one of the Pareto front.",
+    ),
+    click.option(
+        "--max-latency-ms", type=float, metavar="X",
+        help="Register the best whose prediction of a picture takes at most X ms.",
+    ),
+    click.option(
+        "--max-size-mb", type=float, metavar="X",
+        help="Register the best whose saved model takes at most X MB.",
+    ),
+)  # fmt: skip
+
+
 def worker_options(command: Command) -> Command:
     """The options that say what a fine-tuning trial has of the cluster."""
     for option in reversed(_WORKER_OPTIONS):
@@ -68,11 +84,19 @@ def finalist_options(command: Command) -> Command:
     return command
 
 
+def choice_options(command: Command) -> Command:
+    """The options that choose among the trials of a study; None where they were left out."""
+    for option in reversed(_CHOICE_OPTIONS):
+        command = option(command)
+    return command
+
+
 def finalist_arguments(options: dict[str, Any]) -> dict[str, Any]:
-    """Take out of `options` what `finalist_options` gave, as arguments of
+    """Take out of `options` what `finalist_options` and `choice_options` gave, as arguments of
     `tuner.finalists.FinalistOptions`."""
     names = {"finalists": "count", "seeds": "seeds", "refit": "refit", "ensemble": "ensemble"}
-    given = {argument: options.pop(name) for name, argument in names.items()}
+    names |= {name: name for name in ("pick", "max_latency_ms", "max_size_mb")}
+    given = {argument: options.pop(name, None) for name, argument in names.items()}
     return {argument: value for argument, value in given.items() if value is not None}
 
 

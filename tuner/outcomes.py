@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from core.report import Outcome, Status
+
+from .appending import append_whole
 
 FILE = "outcomes.jsonl"
 
@@ -54,18 +55,15 @@ class OutcomeLog:
         return ended
 
     def trial_ended(self, number: int, settings: Mapping[str, Any], outcome: Outcome) -> None:
-        """Append a line and bring it to the disk."""
-        values = dataclasses.asdict(dataclasses.replace(outcome, state=None))
-        line = json.dumps({"number": number, "settings": dict(settings), "outcome": values})
-        with self._path.open("a+b") as file:
-            # A line that a kill cut off must not swallow this one.
-            if file.tell() and not _ends_line(file):
-                file.write(b"\n")
-            file.write(line.encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """`trials_ended` of one."""
+        self.trials_ended([(number, settings, outcome)])
 
-
-def _ends_line(file: Any) -> bool:
-    file.seek(-1, os.SEEK_END)
-    return bool(file.read(1) == b"\n")
+    def trials_ended(self, ends: Sequence[tuple[int, Mapping[str, Any], Outcome]]) -> None:
+        """Append a line each and bring them to the disk. Raises InputError where that is full."""
+        lines = []
+        for number, settings, outcome in ends:
+            values = dataclasses.asdict(dataclasses.replace(outcome, state=None))
+            lines.append(
+                json.dumps({"number": number, "settings": dict(settings), "outcome": values})
+            )
+        append_whole(self._path, "".join(f"{line}\n" for line in lines).encode())

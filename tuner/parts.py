@@ -12,6 +12,7 @@ import shutil
 from core.errors import InputError
 from core.shards import write_json
 
+from .credentials import copy_credentials
 from .home import Home
 from .plan import Plan, make_plan
 from .seeds import Seed
@@ -27,15 +28,19 @@ def make_plans(
     trials: int | None = None,
     finetune_trials: int | None = None,
     hours: float | None = None,
+    device_hours: float | None = None,
 ) -> tuple[Plan, Plan | None]:
-    """The plan of a space, and that of its fine-tuning part. Of the hours, the probes have at most
-    the first half. Raises InputError for a budget that is not positive, or of a part that is not
-    there."""
+    """The plan of a space, and that of its fine-tuning part. Of the hours, and of the device-hours,
+    the probes have at most the first half. Raises InputError for a budget that is not positive, or
+    of a part that is not there."""
     check_finetune_trials(finetune_trials, space)
     if space.finetune is None:
-        return make_plan(space, trials=trials, hours=hours), None
-    finetune = make_plan(space.finetune, trials=finetune_trials, hours=hours)
-    return make_plan(space, trials=trials, hours=None if hours is None else hours / 2), finetune
+        return make_plan(space, trials=trials, hours=hours, device_hours=device_hours), None
+    finetune = make_plan(
+        space.finetune, trials=finetune_trials, hours=hours, device_hours=device_hours
+    )
+    first = [None if time is None else time / 2 for time in (hours, device_hours)]
+    return make_plan(space, trials=trials, hours=first[0], device_hours=first[1]), finetune
 
 
 def check_finetune_trials(finetune_trials: int | None, space: SearchSpace) -> None:
@@ -59,7 +64,10 @@ def finetune_study(home: Home, study: Study) -> Study | None:
     if not (home.studies / name / "study.json").is_file():
         return None
     found = open_study(home, name)
-    return found if found.record.after == study.record.name else None
+    if found.record.after != study.record.name:
+        return None
+    found.share_storage(study)
+    return found
 
 
 def studies_of(home: Home, study: Study) -> list[Study]:
@@ -94,6 +102,8 @@ def begin_finetune_study(home: Home, study: Study, seeds: list[Seed]) -> Study:
         )
     begun.folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(study.split_path, begun.split_path)
+    copy_credentials(study.folder, begun.folder)
+    begun.share_storage(study)
     write_json(begun.folder / SEEDS_FILE, [dataclasses.asdict(seed) for seed in seeds])
     write_json(begun.folder / "study.json", dataclasses.asdict(record))
     return begun

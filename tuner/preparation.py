@@ -18,22 +18,26 @@ from core.split import Split, make_split
 from core.table import Table, read_table
 
 from .addresses import canonical, check_tracking
+from .artifacts import artifact_url, check_artifacts
 from .cluster import LOCAL, ONE_WORKER, Share, check_address, check_share
+from .constraints import check_judgeable
 from .data import CheckedData, check_data, name_in
 from .finalists import AS_USUAL, FinalistOptions
 from .home import Home
+from .mlflow_store import tracked_studies
 from .plan import feature_requests
 from .space import SearchSpace
 from .steps import showing_steps
+from .storage import stored_studies
 from .study import (
     StudyRecord,
     check_name,
     finetune_name,
     free_name,
     refuse_used_name,
-    stored_studies,
 )
-from .tracking import tracked_studies
+from .warm_start import NUM_TRIALS
+from .wilcoxon import check_folds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,6 +60,12 @@ class SearchRequest:
     """Trials of a two-part space's fine-tuning part; None for the space's."""
     hours: float | None = None
     """Time after which no cohort starts; None for no limit."""
+    device_hours: float | None = None
+    """Device time after which no cohort starts (`tuner.device_time`); None for no limit."""
+    from_study: tuple[str, ...] = ()
+    """Earlier studies, by name or folder, whose best trials are the first points."""
+    from_trials: int = NUM_TRIALS
+    """How many of their trials, of each part."""
     seed: int = 0
     address: str = LOCAL
     share: Share = ONE_WORKER
@@ -66,6 +76,8 @@ class SearchRequest:
     """Optuna's URL; None for a journal file in the study's folder."""
     tracking_uri: str | None = None
     """MLflow's address; None for the store in the home folder."""
+    artifacts: str | None = None
+    """Where a new MLflow experiment keeps files; None for the home folder, or a server's own."""
     model: str | None = None
     """Registered model; None for the data folder's name."""
     weights: str = "auto"
@@ -94,6 +106,8 @@ def prepare(
     tracking_uri = request.tracking_uri or home.tracking_uri
     check_tracking(tracking_uri)
     tracking_uri = canonical(tracking_uri)
+    artifacts = None if request.artifacts is None else artifact_url(request.artifacts)
+    check_artifacts(artifacts, tracking_uri=tracking_uri, experiment=model)
     check_address(request.address)
     elsewhere = stored_studies(request.storage) | tracked_studies(tracking_uri, model)
     name = request.study or free_name(home, request.space.name, elsewhere, two_parts=two_parts)
@@ -104,6 +118,7 @@ def prepare(
         checked.table, seed=request.seed, num_folds=request.num_folds, groups=checked.groups
     )
     _check_validation(checked.table, split)
+    check_judgeable(request.space, checked.table, split, request.finalists)
     record = StudyRecord(
         name=name,
         space=request.space.to_dict(),
@@ -114,9 +129,11 @@ def prepare(
         seed=request.seed,
         trials=request.trials or request.space.trials,
         finetune_trials=_finetune_trials(request),
+        device_hours=request.device_hours,
         finalists=asdict(request.finalists),
         storage=None if request.storage is None else canonical(request.storage),
         tracking_uri=tracking_uri,
+        artifacts=artifacts,
         model=model,
         weights=request.weights,
         weights_dir=str(request.weights_dir.resolve()) if request.weights_dir else None,
@@ -159,6 +176,8 @@ def _check_options(request: SearchRequest) -> None:
     check_share(request.share, finetunes=request.space.finetunes)
     if request.study is not None:
         check_name(request.study)
+    for part in request.space.parts:
+        check_folds(part, request.num_folds)
     if request.num_folds is not None:
         if request.space.finetunes:
             raise InputError("folds are for probes", where="--folds", hint="leave it out")

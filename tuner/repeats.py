@@ -28,6 +28,7 @@ from core.split import IntArray, Split
 
 from .channel import ChannelHandle
 from .cohort import save_state, train_cohort
+from .constraints import RECALL
 from .context import Context, FeatureRequest, request_of
 
 if TYPE_CHECKING:
@@ -100,6 +101,8 @@ class Record:
     """Its best validation objective; of a refit, one on rows that it was trained on."""
     best_epoch: int | None
     seconds: float
+    worst_class_recall: float | None = None
+    """As `core.metrics.worst_class_recall`, on validation."""
 
 
 Payload = Any
@@ -313,6 +316,7 @@ def _keep(context: Context, repeat: Repeat, outcome: Outcome) -> None:
         value=outcome.best_value if outcome.status is Status.COMPLETE else None,
         best_epoch=outcome.best_epoch,
         seconds=outcome.seconds,
+        worst_class_recall=outcome.best_metrics.get(RECALL),
     )
     path = kept_path(context, repeat, RECORD)
     path.parent.mkdir(parents=True, exist_ok=True)

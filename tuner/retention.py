@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from core.report import Outcome
+from core.report import Outcome, Status
 
 from .context import Context
 from .outcomes import EndedTrial
@@ -48,10 +48,11 @@ class StateKeeper:
         if checkpoints.exists():
             shutil.rmtree(checkpoints)
         path = self._context.state_path(number)
-        if outcome.best_value is None or not path.exists():
+        value = outcome.best_value if outcome.status is Status.COMPLETE else None
+        if value is None or not path.exists():
             path.unlink(missing_ok=True)
             return
-        self._best.append((-outcome.best_value, number))
+        self._best.append((-value, number))
         self._best.sort()
         for _, loser in self._best[KEPT:]:
             self._context.state_path(loser).unlink(missing_ok=True)

@@ -10,6 +10,7 @@ Optuna's storage; an interrupted study is taken up by running the same steps on 
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,12 @@ from core.split import Split
 from core.table import Table
 
 from .addresses import check_tracking
+from .artifacts import check_artifacts
+from .choice import check_choice, chosen
 from .cluster import LOCAL, ONE_WORKER, Share, Workers, check_address, check_share, cluster
+from .constraints import check_judgeable
 from .data import reread_table
+from .drivers import Driver, driving
 from .finalists import AS_USUAL, FinalistOptions
 from .home import Home
 from .parts import (
@@ -28,13 +33,18 @@ from .parts import (
     finetune_study,
     first_part,
     make_plans,
+    studies_of,
 )
 from .plan import Plan
 from .preparation import SearchRequest, objective_floor, prepare
 from .probe_heads import keep_heads
+from .quoting import quoted
 from .seeds import choose_seeds, seeds_text
-from .session import Part, Session, alone, tracked, trials_run
-from .study import Study, create_study, stored_studies, trial_records
+from .session import Part, Session, tracked, trials_run
+from .signals import going_on_with, interruption, stoppable
+from .storage import stored_studies
+from .study import Study, create_study, trial_records
+from .warm_start import warm_start_of
 from .winner import Result, best_candidates, crown_and_register
 
 if TYPE_CHECKING:
@@ -52,8 +62,11 @@ class SearchEnd:
     """The objective that always answering the commonest classes reaches on validation."""
     finetune: Study | None = None
     """The fine-tuning part of a two-part study, if it has begun."""
+    stopped_by: int | None = None
+    """The signal that interrupted it; None if it came to its end."""
 
 
+@stoppable()
 def search(request: SearchRequest, home: Home, console: Console) -> SearchEnd:
     """Run a new study to its end. Raises InputError for what cannot work, before it starts."""
     plans = make_plans(
@@ -61,11 +74,17 @@ def search(request: SearchRequest, home: Home, console: Console) -> SearchEnd:
         trials=request.trials,
         finetune_trials=request.finetune_trials,
         hours=request.hours,
+        device_hours=request.device_hours,
     )
+    warm = warm_start_of(home, request.space, request.from_study, request.from_trials)
+    if warm is not None:
+        request = replace(request, space=warm.space)
     record, table, split = prepare(request, home, console)
     study = create_study(home, record)
     try:
         split.save(study.split_path)
+        if warm is not None:
+            warm.announce(study.folder, table, split, console)
         study.optuna(new=True)
     except BaseException:
         shutil.rmtree(study.folder)  # Nothing is in it yet, and it would block its name.
@@ -76,11 +95,12 @@ def search(request: SearchRequest, home: Home, console: Console) -> SearchEnd:
             address=request.address, share=request.share, options=request.finalists,
         )  # fmt: skip
     except InputError:
-        if not study.optuna().get_trials(deepcopy=False):
+        if study.never_began():
             study.discard()
         raise
 
 
+@stoppable()
 def resume(
     study: Study,
     home: Home,
@@ -89,6 +109,7 @@ def resume(
     trials: int | None = None,
     finetune_trials: int | None = None,
     hours: float | None = None,
+    device_hours: float | None = None,
     address: str = LOCAL,
     share: Share = ONE_WORKER,
     finalists: Mapping[str, Any] | None = None,
@@ -100,18 +121,22 @@ def resume(
     """
     record, space = first_part(study).record, study.space()
     options = FinalistOptions(**(record.finalists | dict(finalists or {})))
+    check_choice(studies_of(home, study), options)
     check_share(share, finetunes=space.finetunes)
     plans = make_plans(
         space,
         trials=record.trials if trials is None else trials,
         finetune_trials=record.finetune_trials if finetune_trials is None else finetune_trials,
         hours=hours,
+        device_hours=record.device_hours if device_hours is None else device_hours,
     )
-    check_tracking(record.tracking_uri)
-    stored_studies(record.storage)
+    check_tracking(study.tracking_uri())
+    check_artifacts(None, tracking_uri=study.tracking_uri(), experiment=record.model)
+    stored_studies(study.storage_url())
     check_address(address)
     table = reread_table(dict(record.data), skipped=record.skipped, fingerprint=record.fingerprint)
     split = Split.load(study.split_path, table)
+    check_judgeable(space, table, split, options)
     if trials is None and finetune_study(home, study) is not None:
         # The probe part is over, perhaps by the clock: its further trials would seed nothing.
         plans = replace(plans[0], trials=len(list(trial_records(study.optuna(), space)))), plans[1]
@@ -138,37 +163,51 @@ def run(
     The probes of a two-part study are not scored by themselves: the best of them compete with the
     fine-tuned trials, and one winner sees the test split.
     """
+    started = time.monotonic()
     floor = objective_floor(study.space().objective, table, split)
     session = Session(
         home=home, console=console, table=table, split=split, floor=floor, share=share
     )
     plan, finetune_plan = plans
-    result = None
+    result = stopped_by = None
+    going_on_with(f"tuner resume {study.record.name}")
     try:
         with (
-            alone(study),
+            driving(study) as driver,
             tracked(session, study) as tracker,
             cluster(address) as workers,
+            quoted(session, study, plans, workers, options, started),
         ):
             if session.share != ONE_WORKER:
                 workers.for_trials(share)  # Refused now, and not after the probes.
-            with trials_run(session, study, plan, workers, tracker) as part:
+            with trials_run(session, study, plan, workers, tracker, driver) as part:
                 if part.done and finetune_plan is None:
                     result = crown_and_register(
                         study, part.space, part.context, workers, part.features, tracker, console,
-                        options=options, share=share,
+                        options=options, share=share, meter=part.meter,
                     )  # fmt: skip
                 tracker.end_study("FINISHED" if part.done else "KILLED")
                 if part.done and finetune_plan is not None:
-                    result = _finetune(session, part, finetune_plan, workers, options)
-    except KeyboardInterrupt:
-        pass  # An end without a result says so; the runs are closed.
+                    result = _finetune(session, part, finetune_plan, workers, options, driver)
+    except BaseException as error:
+        stopped_by = interruption(error)
+        if stopped_by is None:
+            raise
+        if not isinstance(error, KeyboardInterrupt):
+            console.print(f"while stopping: {error}", highlight=False, markup=False)
     finetune = finetune_study(home, study) if finetune_plan else None
-    return SearchEnd(study=study, result=result, floor=floor, finetune=finetune)
+    return SearchEnd(
+        study=study, result=result, floor=floor, finetune=finetune, stopped_by=stopped_by
+    )
 
 
 def _finetune(
-    session: Session, probes: Part, plan: Plan, workers: Workers, options: FinalistOptions
+    session: Session,
+    probes: Part,
+    plan: Plan,
+    workers: Workers,
+    options: FinalistOptions,
+    driver: Driver,
 ) -> Result | None:
     """The second part: seeded by the best probes, which compete with its trials at the end."""
     trials = tuple(trial_records(probes.study.optuna(), probes.space))
@@ -186,17 +225,19 @@ def _finetune(
         session.console.print(text, highlight=False, soft_wrap=True)
     with (
         tracked(session, study) as tracker,
-        trials_run(session, study, plan, workers, tracker) as part,
+        trials_run(session, study, plan, workers, tracker, driver) as part,
     ):
         result = None
         if part.done:
             record = probes.study.record
             rivals = best_candidates(
-                trials, probes.features, record.seed, study=record.name, count=options.count
-            )
+                chosen(trials, record.name, options), probes.features, record.seed,
+                study=record.name, count=options.count,
+            )  # fmt: skip
             result = crown_and_register(
                 study, part.space, part.context, workers, part.features, tracker,
                 session.console, rivals=rivals, options=options, share=session.share,
+                meter=part.meter,
             )  # fmt: skip
         tracker.end_study("FINISHED" if result else "KILLED")
     return result

@@ -18,21 +18,27 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ray.tune.search import Searcher
 
 from core.config import TrialConfig
-from core.errors import InputError
+from core.errors import InputError, NoRoomError
 from core.report import Outcome, Status
 
 from .channel import ChannelHandle
 from .context import FeatureRequest, request_of, view_folders
+from .costs import ATTRIBUTE
+from .device_time import SAVE_SECONDS, DeviceMeter
+from .judge import ANYTHING_GOES, Judge
 from .outcomes import OutcomeLog
+from .pareto_pruning import should_stop
+from .rounds import rest_of_round, round_size
+from .sampling import PRUNERS
 from .space import SearchSpace
-from .study import OUTCOME, outcome_attribute
+from .telling import tell
+from .turns import Turns
+from .wilcoxon import fold_values
 
 if TYPE_CHECKING:
     import optuna
 
 SEED_STRIDE = 1_000_003
-FITS = "fits_in_memory"
-"""Optuna's constraint, above 0 where it is violated. Trials without it count as feasible."""
 
 Settings = Mapping[str, Any]
 
@@ -89,6 +95,8 @@ class Budget:
     """Trials in all, whatever their end."""
     deadline: float | None = None
     """`time.time()` after which no trial is started."""
+    meter: DeviceMeter | None = None
+    """Hears of every cohort, and says when the device time is spent; None: nobody counts it."""
 
 
 class CohortSearcher(Searcher):
@@ -99,8 +107,9 @@ class CohortSearcher(Searcher):
         features: folder of each request's matrix.
         log: keeps every outcome before anyone is told.
         rungs: epochs at which the pruner is asked.
-        unfinished: trials of an earlier session that were running when it ended; they go first.
+        turns: gives out trials, and knows of the study's other drivers; None: there are none.
         on_lost: hears the name of a cohort whose Tune trial is beyond retrying.
+        judge: knows what trials cost and which may win.
     """
 
     def __init__(
@@ -115,8 +124,9 @@ class CohortSearcher(Searcher):
         watchers: Sequence[Watcher],
         seed: int,
         rungs: Sequence[int],
-        unfinished: Sequence[optuna.Trial] = (),
+        turns: Turns | None = None,
         on_lost: Callable[[str], None] | None = None,
+        judge: Judge = ANYTHING_GOES,
     ) -> None:
         super().__init__()
         self._study = study
@@ -128,16 +138,15 @@ class CohortSearcher(Searcher):
         self._watchers = watchers
         self._seed = seed
         self._rungs = frozenset(rungs)
-        self._unfinished = list(unfinished)
+        self._turns = turns or Turns(study, None, trials=budget.trials)
         self._on_lost = on_lost
-        self._reported = {
-            trial.number: set(study.trials[trial.number].intermediate_values)
-            for trial in unfinished
-        }
-        self._asked = len(study.get_trials(deepcopy=False)) - self._waiting()
+        self._judge = judge
         self._cohorts = 0
         self._queue: deque[Cohort] = deque()
+        self._again: set[str] = set()
+        """Cohorts whose worker died, that Tune was given a second time."""
         self._running: dict[str, Cohort] = {}
+        self._failure: Exception | None = None
 
     @property
     def has_work(self) -> bool:
@@ -158,12 +167,16 @@ class CohortSearcher(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """The next cohort as a Tune config; None to be asked again; FINISHED when all is done."""
+        self.check()
+        self._turns.look()
         while not self._queue and self._may_ask():
             self._ask_round()
         if not self._queue:
             return None if self._running else Searcher.FINISHED
         cohort = self._queue.popleft()
         self._running[trial_id] = cohort
+        if self._budget.meter is not None:
+            self._budget.meter.begin(cohort.name)
         for member in cohort.members:
             for watcher in self._watchers:
                 watcher.trial_started(member.trial.number, member.settings)
@@ -176,6 +189,7 @@ class CohortSearcher(Searcher):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """A cohort reports: at a rung, the pruner says which of its trials stop."""
+        self.check()
         cohort = self._running[trial_id]
         epoch = result["epoch"]
         values = dict(zip(result["places"], result["values"], strict=True))
@@ -183,14 +197,18 @@ class CohortSearcher(Searcher):
             return
         trials = {place: cohort.members[place].trial for place in values}
         if epoch in self._rungs:
+            if PRUNERS[self._space.pruner.name].by_fold:
+                for place, by_fold in zip(values, result.get("folds", ()), strict=False):
+                    trials[place].set_user_attr(fold_values(epoch), by_fold)
             for place, value in values.items():
                 # A trial that is run again, after a kill, has reported some rungs already.
-                reported = self._reported.setdefault(trials[place].number, set())
-                if epoch not in reported:
-                    trials[place].report(value, epoch)
+                reported = self._turns.reported.setdefault(trials[place].number, set())
+                if epoch not in reported and self._turns.report(trials[place], epoch, value):
                     reported.add(epoch)
-            stops = [place for place, trial in trials.items() if trial.should_prune()]
+            stops = [place for place, trial in trials.items() if should_stop(trial)]
             self._channel.rule(cohort.name, epoch, stops)
+        if self._budget.meter is not None:
+            self._budget.meter.save(at_most_every=SAVE_SECONDS)
         by_number = {trials[place].number: value for place, value in values.items()}
         for watcher in self._watchers:
             watcher.cohort_progress(cohort.numbers, epoch, by_number)
@@ -198,11 +216,34 @@ class CohortSearcher(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """A cohort is over; its outcomes wait in the channel, unless its worker died."""
+        """A cohort is over. Tune would take an error here for the trial's, and run it again: ours
+        are raised when it next asks."""
+        try:
+            self._complete(trial_id, error)
+        except Exception as failure:
+            self._failure = failure
+
+    def check(self) -> None:
+        """Raises what went wrong at the end of a cohort."""
+        if self._failure is not None:
+            raise self._failure
+
+    def _complete(self, trial_id: str, error: bool) -> None:
+        """A cohort's outcomes wait in the channel, unless its worker died."""
         cohort = self._running.pop(trial_id)
         last = (self._channel.collect(cohort.name) or [None])[-1]
         if last is None and not error:
             self._running[trial_id] = cohort  # Interrupted: its trials stay RUNNING to be resumed.
+            return
+        if isinstance(last, NoRoomError):
+            self._running[trial_id] = cohort
+            raise last
+        if self._budget.meter is not None:
+            self._budget.meter.end(cohort.name, numbers=cohort.numbers)
+        if last is None and cohort.name not in self._again:
+            # Tune tries again on the worker that it keeps, also when that one is what died.
+            self._again.add(cohort.name)
+            self._queue.appendleft(cohort)
             return
         if isinstance(last, list):
             outcomes: Sequence[Outcome] = last
@@ -211,8 +252,12 @@ class CohortSearcher(Searcher):
                 self._on_lost(cohort.name)
             reason = f"its worker failed: {last or 'the process died'}"
             outcomes = [Outcome(status=Status.FAILED, reason=reason)] * len(cohort.members)
-        for member, outcome in zip(cohort.members, outcomes, strict=True):
-            self._end(member.trial, member.settings, outcome)
+        self._end(
+            [
+                (member.trial, member.settings, self._judge.ended(member.config, outcome))
+                for member, outcome in zip(cohort.members, outcomes, strict=True)
+            ]
+        )
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the study's storage is the state, Tune's copy of it is never restored."""
@@ -231,26 +276,34 @@ class CohortSearcher(Searcher):
     # ---- rounds ---------------------------------------------------------------------------
 
     def _may_ask(self) -> bool:
-        if self._unfinished:
+        if self._turns.unfinished:
             return True
         in_time = self._budget.deadline is None or time.time() < self._budget.deadline
-        return in_time and self._asked < self._budget.trials
+        if not in_time or self._turns.left == 0:
+            return False
+        return self._budget.meter is None or not self._budget.meter.spent
 
     def _ask_round(self) -> None:
         """Ask for a round and group it. A trial that cannot run is told so and not queued."""
         groups: dict[FeatureRequest, list[Member]] = {}
-        for trial in self._next_trials():
+        for trial in self._take_round():
             settings = {"seed": trial_seed(self._seed, trial.number)}
             settings |= self._space.suggest(trial)
             try:
                 config = TrialConfig.from_dict(settings)
+                refused = self._judge.refused(config)
+                if refused is not None:
+                    self._end([(trial, settings, refused)])
+                    continue
                 request = request_of(config)
                 if request not in self._features:
                     raise InputError(f"there are no features for {request.label}")
             except InputError as error:
                 failed = Outcome(status=Status.FAILED, reason=str(error))
-                self._end(trial, settings, failed)
+                self._end([(trial, settings, failed)])
                 continue
+            if self._space.minimised:
+                trial.set_user_attr(ATTRIBUTE, self._judge.costs_of(config))
             member = Member(trial=trial, settings=settings, config=config)
             groups.setdefault(request, []).append(member)
         for request, members in groups.items():
@@ -261,44 +314,30 @@ class CohortSearcher(Searcher):
                 part = members[start : start + size]
                 self._queue.append(Cohort(name=name, request=request, members=part))
 
-    def _next_trials(self) -> list[optuna.Trial]:
-        """Unfinished trials of an earlier session first, then new ones up to the budget."""
-        size = self._space.cohort_size
-        trials, self._unfinished = self._unfinished[:size], self._unfinished[size:]
-        count = max(0, min(size - len(trials), self._budget.trials - self._asked))
-        self._asked += count
-        return trials + [self._study.ask() for _ in range(count)]
+    def _take_round(self) -> list[optuna.Trial]:
+        """A new round; after a kill, what is left of the one that it cut off, which trains and is
+        judged together as it would have been."""
+        asked, suggest = self._turns.asked, self._space.suggest
+        if self._turns.unfinished:
+            rest = rest_of_round(self._space, asked)
+            return self._turns.take(self._space.cohort_size, new=rest, suggest=suggest)
+        size = round_size(self._space, asked)
+        return self._turns.take(size, new=size, suggest=suggest)
 
-    def _waiting(self) -> int:
-        from optuna.trial import TrialState
-
-        return len(self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
-
-    def _end(self, trial: optuna.Trial, settings: Settings, outcome: Outcome) -> None:
-        """The log first: what it holds can be told again, should we die before the rest."""
-        outcome = dataclasses.replace(outcome, ended=time.time())
-        self._log.trial_ended(trial.number, settings, outcome)
-        tell(self._study, trial, outcome)
-        for watcher in self._watchers:
-            watcher.trial_ended(trial.number, settings, outcome)
-
-
-def tell(study: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> None:
-    """Tell Optuna a trial's end, with the rest of the outcome as an attribute.
-
-    An infeasible trial is one that was stopped before its first epoch and violates a constraint:
-    samplers learn from that, where they would forget a failed one.
-    """
-    from optuna.trial import TrialState
-
-    trial.set_user_attr(OUTCOME, outcome_attribute(outcome))
-    # A kill may have come between here and `tell`, hence the second question.
-    if outcome.status is Status.INFEASIBLE and FITS not in trial.constraints:
-        trial.set_constraint(FITS, 1.0)
-    match outcome.status:
-        case Status.COMPLETE:
-            study.tell(trial, outcome.best_value)
-        case Status.PRUNED | Status.INFEASIBLE:
-            study.tell(trial, state=TrialState.PRUNED)
-        case Status.FAILED:
-            study.tell(trial, state=TrialState.FAIL)
+    def _end(self, ends: Sequence[tuple[optuna.Trial, Settings, Outcome]]) -> None:
+        """The log first, all of a cohort at once: what it holds can be told again, should we die
+        before the rest."""
+        now = time.time()
+        with self._turns.ending([trial for trial, _, _ in ends]) as ours:
+            # A driver that gave no sign of life for long may have lost trials to another.
+            kept = [
+                (trial, settings, dataclasses.replace(outcome, ended=now))
+                for (trial, settings, outcome), own in zip(ends, ours, strict=True)
+                if own
+            ]
+            self._log.trials_ended([(t.number, settings, o) for t, settings, o in kept])
+            for trial, _, outcome in kept:
+                tell(self._study, trial, outcome, self._space)
+        for trial, settings, outcome in kept:
+            for watcher in self._watchers:
+                watcher.trial_ended(trial.number, settings, outcome)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,26 +15,39 @@ from core.precision import inference_precision
 from core.split import Split
 from core.table import Table
 
+from . import warm_start
 from .cache import make_room, pruned_lines
 from .cluster import Share, Workers
 from .context import Context, FeatureRequest
-from .extraction import extract
+from .delivery import Delivery
+from .device_time import FEATURES, DeviceMeter, devices_of_trial, open_meter
+from .drivers import Driver
+from .extraction import ExtractionProgress, extract
 from .home import LIMIT_VARIABLE, Home
+from .judge import affordable, judge_of
 from .live import StudyView
+from .outcomes import OutcomeLog
+from .pareto_view import record_front
 from .parts import SEEDS_FILE
 from .plan import Plan
+from .shared_record import publish_study
+from .signals import interruption
 from .space import SearchSpace
+from .speeds import (
+    FeatureClock,
+    device_name,
+    keep_notes,
+    notes_of_finalists,
+    notes_of_trials,
+    rows_an_epoch,
+)
 from .steps import ExtractionView, showing_steps
 from .study import Study
-from .tracking import Tracker
+from .tracking import Tracker, mlflow_delivery
 from .trials import run_trials
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-
-SESSION_FILE = ".session"
-"""In a study's folder: locked by the process that runs it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +62,15 @@ class Session:
     share: Share
     """What a fine-tuning trial has of the cluster."""
 
+    @cached_property
+    def delivery(self) -> Delivery:
+        """Writes to MLflow of all parts, in one order: the second marks a winner of the first."""
+        return mlflow_delivery(self.say)
+
+    def say(self, line: str) -> None:
+        if line:
+            self.console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
@@ -57,25 +80,10 @@ class Part:
     space: SearchSpace
     context: Context
     features: Mapping[FeatureRequest, str]
+    meter: DeviceMeter
+    """Counts what this session takes of devices for it."""
     done: bool
     """Whether its budget is spent; False after an interruption."""
-
-
-@contextmanager
-def alone(study: Study) -> Iterator[None]:
-    """One session of a study at a time; the system ends the claim of a process that died.
-
-    Raises InputError if another process runs the study."""
-    with (study.folder / SESSION_FILE).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                "another process runs this study now",
-                where=f"study {study.record.name}",
-                hint="wait for its end, or stop it (Ctrl-C keeps its trials)",
-            ) from error
-        yield
 
 
 @contextmanager
@@ -83,26 +91,31 @@ def tracked(session: Session, study: Study) -> Iterator[Tracker]:
     """The runs of a study in MLflow; whatever happens, none is left RUNNING."""
     record = study.record
     tracker = Tracker(
-        record.tracking_uri,
+        study.tracking_uri(),
         experiment=record.model,
-        artifacts=session.home.artifacts,
+        artifacts=record.artifacts or session.home.artifacts,
         study=record.name,
         objective=study.space().objective,
         floor=session.floor,
+        delivery=session.delivery,
     )
-    files = [study.folder / "study.json", study.split_path, study.folder / SEEDS_FILE]
+    files = [study.folder / "study.json", study.split_path]
+    files += [study.folder / SEEDS_FILE, study.folder / warm_start.FILE]
     try:
         tracker.start_study(
             _study_params(study, session.table, session.split), [f for f in files if f.exists()]
         )
         yield tracker
-    except KeyboardInterrupt:
-        if not tracker.ended:
-            tracker.end_study("KILLED")
-        raise
-    except InputError:
-        if not study.optuna().get_trials(deepcopy=False):
+        if tracker.ended == "FINISHED":
+            tracker.flush()
+        else:
+            session.say(tracker.abandon("KILLED"))
+    except BaseException as error:
+        stopped = interruption(error) is not None
+        if isinstance(error, InputError) and not stopped and study.never_began():
             tracker.withdraw_study()
+        else:
+            session.say(tracker.abandon("KILLED" if stopped else "FAILED"))
         raise
     finally:
         tracker.close()
@@ -110,21 +123,50 @@ def tracked(session: Session, study: Study) -> Iterator[Tracker]:
 
 @contextmanager
 def trials_run(
-    session: Session, study: Study, plan: Plan, workers: Workers, tracker: Tracker
+    session: Session,
+    study: Study,
+    plan: Plan,
+    workers: Workers,
+    tracker: Tracker,
+    driver: Driver | None = None,
 ) -> Iterator[Part]:
-    """Features, then trials; the features are kept from being pruned while the block runs."""
+    """Features, then trials; the features are kept from being pruned while the block runs.
+    `driver`: this process among those that run the study; None where there can be no other."""
     space = study.space()
-    view = StudyView(session.console, space, budget=plan.trials, floor=session.floor)
+    if driver is not None and not driver.joins:
+        publish_study(study, session.split)
+    crew = workers.for_trials(session.share) if space.mode == "finetune" else workers
+    meter, began = open_meter(study, session.home, crew, plan.device_seconds), time.time()
+    view = StudyView(session.console, space, budget=plan.trials, floor=session.floor, meter=meter)
     view.announce(study.record.name, session.table, session.split)
+    study.watch_storage(view)
+    view.tracking_away = lambda: tracker.away
     context = _context(study, session.home, session.table, session.split, plan, workers)
+    judge = judge_of(study, space, context, workers, session.console)
+    plan = affordable(plan, space, judge)
     with ExitStack() as holds:
-        features = _extract(context, plan, workers, session.home, session.console, holds)
-        tracker.flush()
+        features = _extract(context, plan, workers, session.home, session.console, holds, meter)
+        if meter.spent and study.never_began():
+            raise meter.too_little()
+        tracker.check_started()
         done = run_trials(
             study, space, context, plan, workers,
             features=features, tracker=tracker, view=view, share=session.share,
+            driver=driver, judge=judge, meter=meter,
         )  # fmt: skip
-        yield Part(study=study, space=space, context=context, features=features, done=done)
+        learned = notes_of_trials(
+            meter.cohorts, OutcomeLog(study.folder).read(), workers=crew,
+            precision=context.precision, rows=rows_an_epoch(session.split), mode=space.mode,
+            pruner=space.pruner,
+        )  # fmt: skip
+        keep_notes(session.home, session.console, learned)
+        if done and space.minimised and not (driver is not None and driver.joins):
+            record_front(study, space, tracker)
+        yield Part(
+            study=study, space=space, context=context, features=features, meter=meter, done=done
+        )
+        learned = notes_of_finalists(study.folder, began, meter, workers=crew, mode=space.mode)
+        keep_notes(session.home, session.console, learned)
 
 
 def _context(
@@ -156,9 +198,11 @@ def _extract(
     home: Home,
     console: Console,
     holds: ExitStack,
+    meter: DeviceMeter,
 ) -> dict[Any, str]:
     from .channel import start_channel
 
+    clock, started = FeatureClock(), time.monotonic()
     pruned = make_room(
         home.cache,
         home.cache_limit,
@@ -169,17 +213,27 @@ def _extract(
     if pruned is not None:
         console.print(f"making room in the cache ({LIMIT_VARIABLE}):", highlight=False)
         console.print("\n".join(f"  {line}" for line in pruned_lines(pruned)), highlight=False)
-    with showing_steps(console) as steps:
-        return extract(
+    held = workers.count * devices_of_trial(workers)
+    with showing_steps(console) as steps, meter.busy(FEATURES, devices=held):
+        view = ExtractionView(steps)
+
+        def watch(news: ExtractionProgress) -> None:
+            view(news)
+            clock(news)
+
+        features = extract(
             context,
             plan.requests,
             start_channel(),
             num_workers=workers.count,
             cpus_per_worker=workers.cpus,
             gpus_per_worker=workers.gpus,
-            watch=ExtractionView(steps),
+            watch=watch,
             holds=holds,
         )
+    notes = clock.notes(device_name(workers), context.precision, time.monotonic() - started)
+    keep_notes(home, console, notes)
+    return features
 
 
 def _study_params(study: Study, table: Table, split: Split) -> dict[str, Any]:
@@ -190,7 +244,8 @@ def _study_params(study: Study, table: Table, split: Split) -> dict[str, Any]:
         **({"after": record.after} if record.after else {}),
         "sampler": space.sampler.name,
         "pruner": space.pruner.name,
-        "objective": space.objective,
+        "objective": ", ".join((space.objective, *space.minimised)),
+        **{f"constraint_{name}": bound for name, bound in space.constraints.items()},
         "seed": record.seed,
         "data": record.data["data"],
         "num_images": table.num_images,

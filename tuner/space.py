@@ -12,13 +12,14 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.config import TrialConfig
 from core.errors import InputError
 
+from .costs import COSTS
 from .sampling import PrunerSpec, SamplerSpec
 from .space_domain import Constant, Parameter, Value, plain
 
@@ -43,6 +44,10 @@ class SearchSpace:
     """`probe` or `finetune`, for every trial."""
     objective: str
     """The validation metric that is maximised."""
+    minimised: tuple[str, ...] = ()
+    """Costs that are objectives, too: of `tuner.costs.COSTS`."""
+    constraints: Mapping[str, float] = field(default_factory=dict)
+    """Bounds on what a model may be, by their names in `tuner.constraints.LIMITS`."""
     trials: int
     """Default budget."""
     cohort_size: int
@@ -113,6 +118,11 @@ class SearchSpace:
         return fitting_point(settings, mode=self.mode, parameters=self.parameters)
 
     @property
+    def costs(self) -> tuple[str, ...]:
+        """The costs that trials are judged by: as objectives, or under a constraint."""
+        return tuple(c for c in COSTS if c in self.minimised or c in self.constraints)
+
+    @property
     def parts(self) -> list[SearchSpace]:
         """The space, and what its best are fine-tuned in, if there is that."""
         return [self] if self.finetune is None else [self, self.finetune]
@@ -181,11 +191,18 @@ class SearchSpace:
 
     def to_dict(self) -> dict[str, Any]:
         """As YAML or JSON; `parse_space` reads it back."""
-        shared = {"name": self.name, "description": self.description, "objective": self.objective}
+        shared = {"name": self.name, "description": self.description, **self._goals()}
         if self.finetune is None:
             return {**shared, "mode": self.mode, **self._part()}
         finetune = {"from_probes": self.from_probes, **self.finetune._part()}
         return {**shared, "probe": self._part(), "finetune": finetune}
+
+    def _goals(self) -> dict[str, Any]:
+        """What both parts of a space share."""
+        goals: dict[str, Any] = {"objective": self.objective}
+        if self.minimised:
+            goals = {"objectives": [self.objective, *self.minimised]}
+        return goals | ({"constraints": dict(self.constraints)} if self.constraints else {})
 
     def _part(self) -> dict[str, Any]:
         """What each part of a space has for itself."""
@@ -200,10 +217,11 @@ class SearchSpace:
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of what decides which trials there can be and how they are compared: mode,
-        objective and parameters. A study may be resumed with more trials or another sampler."""
+        objectives, constraints and parameters. A study may be resumed with more trials or another
+        sampler."""
         part: dict[str, Any] = {
             "mode": self.mode,
-            "objective": self.objective,
+            **self._goals(),
             "parameters": {name: p.to_dict() for name, p in self.parameters.items()},
         }
         if self.finetune is not None:

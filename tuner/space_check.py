@@ -6,7 +6,7 @@ checked in `space_corners`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from core.errors import InputError
 
@@ -87,10 +87,11 @@ def check_space(space: SearchSpace, source: Source, *, after_probes: bool = Fals
         _check_head_start(space, source)
     _check_backbones(space, source)
     check_corners(space, source)
-    for what, build in (
-        ("sampler", lambda: build_sampler(space.sampler, space, 0)),
-        ("pruner", lambda: build_pruner(space.pruner, space.max_epochs)),
-    ):
+    builders: dict[str, Callable[[], object]] = {
+        "sampler": lambda: build_sampler(space.sampler, space, 0),
+        "pruner": lambda: build_pruner(space.pruner, space.max_epochs, minimised=space.minimised),
+    }
+    for what, build in builders.items():
         try:
             build()
         except InputError as error:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from core.config import TrialConfig, coerce
 from core.errors import InputError
 
+from .constraints import ConstraintsSection
+from .costs import COSTS
 from .sampling import PRUNERS, SAMPLERS, PrunerSpec, SamplerSpec, check_name, check_options
 from .space import SearchSpace
 from .space_domain import (
@@ -46,6 +48,15 @@ class _Section(BaseModel):
 
 
 Objective = Literal["top3_accuracy", "mean_average_precision"]
+SCORES = get_args(Objective)
+_SEVERAL: list[str] = Field(
+    default=[], description="In place of objective, several: a metric to maximise, then one or two "
+    f"of {', '.join(COSTS)} to minimise. The result is a Pareto front.",
+    json_schema_extra={
+        "items": {"enum": [*SCORES, *COSTS]}, "minItems": 1, "maxItems": 1 + len(COSTS)
+    },
+)  # fmt: skip
+_CONSTRAINTS: dict[str, Any] = Field(default={}, description="What a model must keep to win.")
 
 
 class PartSection(_Section):
@@ -76,6 +87,8 @@ class SpaceSection(PartSection):
     objective: Objective = Field(
         default="top3_accuracy", description="The validation metric to maximise."
     )
+    objectives: list[str] = _SEVERAL
+    constraints: dict[str, Any] = _CONSTRAINTS
 
 
 class FinetuneSection(PartSection):
@@ -97,6 +110,8 @@ class TwoPartSection(_Section):
     objective: Objective = Field(
         default="top3_accuracy", description="The validation metric to maximise, in both parts."
     )
+    objectives: list[str] = _SEVERAL
+    constraints: dict[str, Any] = _CONSTRAINTS
     probe: dict[str, Any] = Field(
         description="Heads on features of frozen backbones; what `mode: probe` searches."
     )
@@ -157,7 +172,7 @@ def parse_space(
     shared = {
         "name": section.name or name,
         "description": section.description,
-        "objective": section.objective,
+        **_goals(section, source),
         "mode": section.mode,
     }
     return _parse_part(section, shared, source, after_probes=after_probes)
@@ -169,7 +184,7 @@ def _parse_two_parts(values: Mapping[str, Any], name: str, source: Source) -> Se
     shared = {
         "name": written.name or name,
         "description": written.description,
-        "objective": written.objective,
+        **_goals(written, source),
     }
     below = source.below("probe")
     section = validated(PartSection, written.probe, below)
@@ -183,7 +198,7 @@ def _parse_two_parts(values: Mapping[str, Any], name: str, source: Source) -> Se
 def _parse_part(
     section: PartSection, shared: Mapping[str, Any], source: Source, *, after_probes: bool = False
 ) -> SearchSpace:
-    """A checked space of one part; `shared`: its name, description, objective and mode."""
+    """A checked space of one part; `shared`: its name, description, mode and `_goals`."""
     from .space_check import check_space, in_order
 
     sampler = SamplerSpec(**_split_name(section.sampler, "sampler", source))
@@ -206,6 +221,27 @@ def _parse_part(
     )
     check_space(space, source, after_probes=after_probes)
     return space
+
+
+def _goals(section: SpaceSection | TwoPartSection, source: Source) -> dict[str, Any]:
+    """What trials are compared by: `objective`, `minimised` and `constraints` of a space."""
+    first, *costs = section.objectives or [section.objective]
+    if section.objectives and "objective" in section.model_fields_set:
+        raise source.error("it is given beside objective", "objectives", hint="write one of them")
+    if first not in SCORES:
+        hint = f"the first is the metric to maximise: {', '.join(SCORES)}"
+        raise source.error(f"{first!r} is no metric of validation", "objectives", 0, hint=hint)
+    for place, name in enumerate(costs, 1):
+        if name not in COSTS:
+            raise source.unknown("cost", name, COSTS, "objectives", place)
+        if name in costs[: place - 1]:
+            raise source.error(f"{name!r} is there twice", "objectives", place)
+    constraints = validated(ConstraintsSection, section.constraints, source, "constraints")
+    return {
+        "objective": first,
+        "minimised": tuple(costs),
+        "constraints": constraints.bounds(),
+    }
 
 
 def coerce_value(name: str, value: Any) -> Value:

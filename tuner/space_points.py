@@ -7,7 +7,7 @@ existence hangs on a left-out one cannot be placed, and says so.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from core.errors import InputError
@@ -56,18 +56,31 @@ def point_to_params(
     return params
 
 
-def fitting_point(
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """What a space can hold of a trial that was made in another one."""
+
+    point: dict[str, Any]
+    """The settings that a point of the space can hold."""
+    refused: tuple[str, ...]
+    """Settings that the space searches, elsewhere than where the trial's value lies."""
+    fixed: tuple[str, ...]
+    """Settings that the space lacks, holds constant at another value, or does not have beside the
+    others."""
+
+
+def fit_settings(
     settings: Mapping[str, Any], *, mode: str, parameters: Mapping[str, Parameter]
-) -> tuple[dict[str, Any], list[str]]:
-    """The part of a trial's `settings`, made in another space, that a point of this one can hold,
-    and the names of those that it cannot: the sampler chooses them, if the space has them.
+) -> Fit:
+    """The part of a trial's `settings`, made in another space, that a point of this one can hold.
 
     What is left out takes along the settings whose existence hangs on it.
     """
     point: dict[str, Any] = {}
     values: dict[str, Value] = {"mode": mode}
     chosen_later: set[str] = set()
-    left_out = [name for name in settings if name not in parameters]
+    refused: list[str] = []
+    fixed = [name for name in settings if name not in parameters]
     for parameter in parameters.values():
         name = parameter.name
         branch, unknown = _decide(parameter, values, chosen_later)
@@ -77,13 +90,24 @@ def fitting_point(
                 point[name] = plain(value)
                 values[name] = value
                 continue
+        is_constant = branch is not None and isinstance(branch.domain, Constant)
         if name in settings:
-            left_out.append(name)
+            (fixed if branch is None or is_constant else refused).append(name)
         if branch is not None and isinstance(branch.domain, Constant):
             values[name] = branch.domain.value
         elif branch is not None or unknown:
             chosen_later.add(name)
-    return point, left_out
+    return Fit(point=point, refused=tuple(refused), fixed=tuple(fixed))
+
+
+def fitting_point(
+    settings: Mapping[str, Any], *, mode: str, parameters: Mapping[str, Parameter]
+) -> tuple[dict[str, Any], list[str]]:
+    """`fit_settings` as the point and the names of all settings that it cannot hold: the sampler
+    chooses them, if the space has them."""
+    fit = fit_settings(settings, mode=mode, parameters=parameters)
+    left_out = [*fit.refused, *fit.fixed]
+    return fit.point, [name for name in settings if name in left_out]
 
 
 def _decide(

@@ -24,6 +24,7 @@ from core.config import (
     TrialConfig,
 )
 
+from .constraints import ConstraintsSection
 from .sampling import PRUNERS, SAMPLERS
 from .space_file import (
     FIELDS,
@@ -61,7 +62,7 @@ def json_schema() -> Schema:
     )
     when = _closed({name: {"anyOf": [values[name], _several(values[name])]} for name in names})
     kinds = {_type(name)[0]: name for name in names}
-    two_parts = _untitled(TwoPartSection.model_json_schema())
+    two_parts = _part(TwoPartSection)
     for key, model in (("probe", PartSection), ("finetune", FinetuneSection)):
         description = two_parts["properties"][key]["description"]
         two_parts["properties"][key] = {**_part(model), "description": description}
@@ -72,6 +73,7 @@ def json_schema() -> Schema:
         "$defs": {
             "parameters": parameters | {"required": ["backbone"]},
             "points": {"type": "array", "items": _closed(values)},
+            "constraints": _untitled(ConstraintsSection.model_json_schema()),
             "sampler": _kinds_schema({n: kind.options for n, kind in SAMPLERS.items()}),
             "pruner": _kinds_schema({n: kind.options for n, kind in PRUNERS.items()}),
             "when": when,
@@ -85,7 +87,9 @@ def json_schema() -> Schema:
 def _part(model: type[BaseModel]) -> Schema:
     """A part of a space, or a space of one part."""
     schema = _untitled(model.model_json_schema())
-    for name in ("sampler", "pruner", "parameters", "points"):
+    for name in ("sampler", "pruner", "parameters", "points", "constraints"):
+        if name not in schema["properties"]:
+            continue
         schema["properties"][name] = {
             key: value
             for key, value in schema["properties"][name].items()

@@ -14,19 +14,20 @@ import shutil
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from core.errors import InputError
 from core.report import Outcome, Status
 from core.shards import write_json
 
-from .addresses import first_line, read_database, without_password
+from .credentials import full_address, keep_credentials, without_credentials
 from .home import Home
+from .outage import OutageWatcher
 from .space import SearchSpace
+from .storage import open_storage, watch_outages
 
 if TYPE_CHECKING:
     import optuna
-    from sqlalchemy import Connection
 
 FORMAT = 1
 OUTCOME = "outcome"
@@ -52,14 +53,19 @@ class StudyRecord:
     trials: int
     """Budget it began with."""
     storage: str | None
-    """Optuna's storage URL; None for the journal in the study's folder."""
+    """Optuna's storage URL, without password; None for the journal in the study's folder."""
     tracking_uri: str
+    """MLflow's address, without password. `Study` knows both in full."""
     model: str
     """Name under which the winner is registered."""
     weights: str
     weights_dir: str | None
+    artifacts: str | None = None
+    """URL under which MLflow is to keep files; None for the home's folder, or a server's own."""
     finetune_trials: int | None = None
     """Budget of the fine-tuning part; None for a study of one part."""
+    device_hours: float | None = None
+    """Budget of device time of all parts; None for no limit."""
     after: str | None = None
     """Of a fine-tuning part: the study of the probes that it starts from."""
     finalists: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -83,27 +89,62 @@ class TrialRecord:
     seconds: float
     settings: dict[str, Any]
     """What the space set, in its order."""
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Further validation metrics at its best epoch, and costs where they count."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
 class Study:
-    """A study's folder and its record."""
+    """A study's folder and its record. Its storage is opened once, when it is first asked for."""
 
     def __init__(self, folder: Path, record: StudyRecord) -> None:
         self.folder = folder
         self.record = record
+        self._storage: optuna.storages.BaseStorage | None = None
 
     @property
     def split_path(self) -> Path:
         return self.folder / "split.json"
+
+    def storage_url(self) -> str | None:
+        """Optuna's storage URL, with its password if one was given; None for the journal."""
+        url = self.record.storage
+        return None if url is None else full_address(self.folder, "storage", url)
+
+    def tracking_uri(self) -> str:
+        """MLflow's address, with its password if one was given."""
+        return full_address(self.folder, "tracking_uri", self.record.tracking_uri)
+
+    def storage(self) -> optuna.storages.BaseStorage:
+        """Optuna's storage. Raises InputError if it does not answer when it is first opened."""
+        if self._storage is None:
+            self._storage = open_storage(self.storage_url(), self.folder)
+        return self._storage
+
+    def share_storage(self, other: Study) -> None:
+        """Use the open database of another study, if it is in the same one: opening it anew would
+        fail where it is away for a moment."""
+        if self.record.storage is not None and self.record.storage == other.record.storage:
+            self._storage = other.storage()
+
+    def watch_storage(self, watcher: OutageWatcher) -> None:
+        """Tell `watcher`, and nobody else, that the storage is away."""
+        watch_outages(self.storage(), watcher)
 
     def space(self) -> SearchSpace:
         from .space_file import parse_space
 
         after_probes = self.record.after is not None
         return parse_space(self.record.space, name=self.record.name, after_probes=after_probes)
+
+    @property
+    def directions(self) -> tuple[Literal["maximize", "minimize"], ...]:
+        """Of the objectives, for Optuna: the first is maximised, costs are minimised."""
+        costs = self.record.space.get("objectives", [])[1:]
+        down: Literal["minimize"] = "minimize"
+        return ("maximize", *(down for _ in costs))
 
     def optuna(
         self,
@@ -121,23 +162,29 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         try:
             return optuna.create_study(
-                storage=open_storage(self.record.storage, self.folder),
+                storage=self.storage(),
                 study_name=self.record.name,
                 sampler=sampler,
                 pruner=pruner,
-                direction="maximize",
+                directions=self.directions,
                 load_if_exists=not new,
             )
         except optuna.exceptions.DuplicatedStudyError as error:
             raise _used_name(self.record.name) from error
+
+    def never_began(self) -> bool:
+        """Whether it has no trial. False, too, where the storage does not answer."""
+        try:
+            return not self.optuna().get_trials(deepcopy=False)
+        except InputError:  # Said already by the call that waited for it.
+            return False
 
     def discard(self) -> None:
         """Remove a study that never began, so that its name is free again."""
         import optuna
 
         if self.record.storage is not None:
-            storage = open_storage(self.record.storage, self.folder)
-            optuna.delete_study(study_name=self.record.name, storage=storage)
+            optuna.delete_study(study_name=self.record.name, storage=self.storage())
         shutil.rmtree(self.folder)
 
 
@@ -183,30 +230,22 @@ def free_name(
     return f"{stem}-{number}"
 
 
-def stored_studies(storage: str | None) -> set[str]:
-    """Names of the studies in an Optuna database; none in a study's own journal.
-
-    Raises InputError if the database does not answer.
-    """
-    if storage is None:
-        return set()
-
-    def read(connection: Connection) -> set[str]:
-        from sqlalchemy import inspect, text
-
-        if not inspect(connection).has_table("studies"):
-            return set()
-        return {str(row[0]) for row in connection.execute(text("SELECT study_name FROM studies"))}
-
-    return read_database(storage, read, flag="--storage", nothing=set())
-
-
 def create_study(home: Home, record: StudyRecord) -> Study:
-    """A new study's folder with its record. Raises InputError if the name is in use."""
+    """A new study's folder with its record. Raises InputError if the name is in use.
+
+    Passwords in the record's addresses go to a file that only its owner can read.
+    """
     check_name(record.name)
     folder = home.studies / record.name
     refuse_used_name(home, record.name)
     folder.mkdir(parents=True)
+    addresses = {"storage": record.storage, "tracking_uri": record.tracking_uri}
+    keep_credentials(folder, addresses)
+    record = dataclasses.replace(
+        record,
+        storage=None if record.storage is None else without_credentials(record.storage),
+        tracking_uri=without_credentials(record.tracking_uri),
+    )
     write_json(folder / "study.json", dataclasses.asdict(record))
     return Study(folder, record)
 
@@ -231,29 +270,6 @@ def open_study(home: Home, name: str) -> Study:
     if record.format != FORMAT:
         raise InputError(f"format {record.format} is not {FORMAT}", where=str(path))
     return Study(folder, record)
-
-
-def open_storage(url: str | None, folder: Path) -> optuna.storages.BaseStorage:
-    """Optuna's storage: a journal file in `folder`, or the database at `url`.
-
-    Raises InputError if the database does not answer.
-    """
-    from optuna.storages import JournalStorage, RDBStorage
-    from optuna.storages.journal import JournalFileBackend
-
-    if url is None:
-        return JournalStorage(JournalFileBackend(str(folder / "journal.log")))
-    options: dict[str, Any] = {}
-    if url.startswith("postgres"):
-        options["connect_args"] = {"connect_timeout": 5}  # of each address of the host
-    try:
-        return RDBStorage(url, engine_kwargs=options)
-    except Exception as error:  # SQLAlchemy's dialects raise errors of their own.
-        raise InputError(
-            f"the storage cannot be opened ({first_line(error)})",
-            where=f"--storage {without_password(url)}",
-            hint="a SQLAlchemy URL: sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE",
-        ) from error
 
 
 def outcome_attribute(outcome: Outcome) -> dict[str, Any]:
@@ -286,11 +302,12 @@ def trial_records(study: optuna.Study, space: SearchSpace) -> Iterator[TrialReco
             number=trial.number,
             status=status,
             reason=kept.get("reason", ""),
-            value=kept.get("best_value", trial.value),
+            value=kept.get("best_value", (trial.values or [None])[0]),
             best_epoch=kept.get("best_epoch"),
             epochs=kept.get("epochs", 0),
             seconds=kept.get("seconds", 0.0),
             settings=settings,
+            metrics=kept.get("metrics", {}),
         )
 
 

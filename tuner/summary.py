@@ -15,24 +15,24 @@ from rich.text import Text
 
 from core.report import Outcome, Status
 
+from .costs import COSTS
 from .finalists_view import finalist_table, model_lines
-from .live import percent, settings_line, trial_table
-from .parts import make_plans
-from .preparation import SearchRequest, prepare
+from .live import cost_text, percent, settings_line, trial_table
+from .pareto import front
+from .pareto_view import PICTURE, front_table
+from .quote_view import truth_text
 from .space import SearchSpace, load_space, shipped_spaces
 from .study import Study, TrialRecord, trial_records
 
 if TYPE_CHECKING:
     from core.table_report import TableReport
 
-    from .home import Home
     from .search import SearchEnd
     from .winner import Result
 
 SHOWN_BEST = 10
 SHOWN_OF_PART = 5
 """Best trials shown of a study, and of each part of one that has two."""
-_PART_NAMES = {"probe": "probe part", "finetune": "fine-tuning part"}
 
 
 def print_end(end: SearchEnd, console: Console) -> None:
@@ -53,7 +53,11 @@ def print_end(end: SearchEnd, console: Console) -> None:
         if part is not None:
             _print_best(part, end, console)
     console.print(finalist_table(result.winner))
-    console.print(_winner_panel(result, two_parts=end.finetune is not None))
+    last = end.finetune or study
+    console.print(_winner_panel(result, last.record.name, two_parts=last is not study))
+    truth = truth_text([part for part in (end.study, end.finetune) if part is not None])
+    if truth:
+        console.print(truth, highlight=False, soft_wrap=True)
     console.print(_next_steps(result, study), highlight=False, soft_wrap=True)
 
 
@@ -65,9 +69,18 @@ def _print_best(study: Study, end: SearchEnd, console: Console) -> None:
     shown = SHOWN_BEST if end.finetune is None else SHOWN_OF_PART
     console.print(_part_counts(study), highlight=False)
     console.print(record_table(complete[:shown], space, end.floor))
+    if space.minimised:
+        console.print(front_table(front(trials, space), space))
+        path = study.folder / PICTURE
+        console.print(f"[dim]picture: {path}; another of them: {_pick(study)}[/]", soft_wrap=True)
 
 
-def _winner_panel(result: Result, *, two_parts: bool) -> Panel:
+def _pick(study: Study) -> str:
+    return f"tuner resume {study.record.after or study.record.name} --pick TRIAL"
+
+
+def _winner_panel(result: Result, study: str, *, two_parts: bool) -> Panel:
+    """`study`: the one that `result.trials` are of."""
     winner = result.winner
     number = f"{winner.number} of {winner.study}" if two_parts else str(winner.number)
     scores = winner.evaluation
@@ -81,6 +94,10 @@ def _winner_panel(result: Result, *, two_parts: bool) -> Panel:
     gain = f"{100 * scores['gain']:+.1f} points"
     lines.add_row("prior baseline", f"{percent(scores['prior_baseline'])}  ({gain})")
     lines.add_row("mean average precision", percent(scores["mean_average_precision"]))
+    costs = {t.number: t.metrics for t in result.trials if study == winner.study}
+    for name in COSTS:
+        if name in costs.get(winner.number, {}):
+            lines.add_row(name, cost_text(costs[winner.number][name]))
     for name, text in model_lines(winner):
         lines.add_row(name, text)
     lines.add_row("model", f"[bold]{result.model_uri}[/]  (version {result.version})")
@@ -136,11 +153,12 @@ def record_table(trials: Sequence[TrialRecord], space: SearchSpace, floor: float
     """Trials as Optuna remembers them, in the columns of the live table."""
     rows = [
         (t.number, t.settings, Outcome(
-            status=Status.COMPLETE, best_value=t.value, best_epoch=t.best_epoch
+            status=Status.COMPLETE, best_value=t.value, best_epoch=t.best_epoch,
+            best_metrics=t.metrics,
         ))
         for t in trials
     ]  # fmt: skip
-    return trial_table(rows, objective=space.objective, floor=floor)
+    return trial_table(rows, objective=space.objective, floor=floor, costs=space.costs)
 
 
 def print_trials(parts: Sequence[Study], console: Console, *, as_json: bool) -> None:
@@ -151,16 +169,24 @@ def print_trials(parts: Sequence[Study], console: Console, *, as_json: bool) -> 
         trials = best_first(tuple(trial_records(study.optuna(), space)))
         if as_json:
             name = {"study": study.record.name} if len(parts) > 1 else {}
+            on_front = _on_front(trials, space)
             for trial in trials:
-                print(json.dumps(name | trial.to_dict()))
+                place = {"front": trial.number in on_front} if space.minimised else {}
+                print(json.dumps(name | trial.to_dict() | place))
             continue
         console.print(_trials_table(trials, space))
         console.print(_part_counts(study), highlight=False)
 
 
+def _on_front(trials: Sequence[TrialRecord], space: SearchSpace) -> set[int]:
+    """Numbers of the trials on the Pareto front; none in a study of one objective."""
+    return {trial.number for trial in front(trials, space)} if space.minimised else set()
+
+
 def _trials_table(trials: Sequence[TrialRecord], space: SearchSpace) -> Table:
     table = Table(header_style="bold", border_style="dim")
-    for name in ("trial", "status", space.objective, "epoch"):
+    on_front = _on_front(trials, space)
+    for name in ("trial", "status", space.objective, *space.costs, "epoch"):
         table.add_column(name, justify="left" if name == "status" else "right", no_wrap=True)
     for name in ("backbone", "settings"):
         table.add_column(name)
@@ -171,8 +197,9 @@ def _trials_table(trials: Sequence[TrialRecord], space: SearchSpace) -> Table:
             settings.append(f"\n{trial.reason}", colour)
         table.add_row(
             str(trial.number),
-            trial.status,
+            f"{trial.status}, front" if trial.number in on_front else trial.status,
             "-" if trial.value is None else percent(trial.value),
+            *(cost_text(trial.metrics.get(name)) for name in space.costs),
             f"{trial.best_epoch or '-'} of {trial.epochs or '-'}",
             str(trial.settings.get("backbone", "")),
             settings,
@@ -191,39 +218,6 @@ def print_spaces(console: Console) -> None:
         trials = " + ".join(str(part.trials) for part in space.parts)
         table.add_row(name, modes, trials, space.description)
     console.print(table)
-
-
-def print_plan(request: SearchRequest, home: Home, console: Console) -> None:
-    """`--dry-run`: what a search would do; everything is checked and nothing is written."""
-    plans = make_plans(
-        request.space,
-        trials=request.trials,
-        finetune_trials=request.finetune_trials,
-        hours=request.hours,
-    )
-    record, table, split = prepare(request, home, console)
-    lines = _grid()
-    lines.add_row("study", record.name)
-    lines.add_row("table", f"{table.num_images:,} pictures, {table.num_classes} classes")
-    held_out = f"{len(split.train):,} train, {len(split.validation):,} validation"
-    lines.add_row("split", f"{held_out}, {len(split.test):,} test")
-    for space, plan in zip(request.space.parts, plans, strict=False):
-        assert plan is not None
-        if len(request.space.parts) > 1:
-            lines.add_row(f"[bold]{_PART_NAMES[space.mode]}[/]", _seeded(request.space, space))
-        size = space.size()
-        number = "endlessly many" if size is None else f"{size:,}"
-        lines.add_row("trials", f"{plan.trials} of {number} configurations")
-        lines.add_row("sampler", f"{space.sampler.name}, pruner {space.pruner.name}")
-        lines.add_row("features", "\n".join(r.label for r in plan.requests))
-    lines.add_row("MLflow", record.tracking_uri)
-    lines.add_row("model", record.model)
-    console.print(lines, highlight=False)
-    console.print("nothing was started (--dry-run)")
-
-
-def _seeded(whole: SearchSpace, part: SearchSpace) -> str:
-    return "" if part is whole else f"first trials from the best {whole.from_probes} probes"
 
 
 def print_table_report(report: TableReport, console: Console) -> None:

@@ -12,10 +12,10 @@ import urllib.parse
 
 from core.errors import InputError
 
-from .addresses import canonical, check_tracking
+from .addresses import canonical, check_tracking, without_password
 from .home import Home
+from .mlflow_store import STUDY
 from .study import open_study
-from .tracking import STUDY
 
 SHOWN_STUDIES = 5
 END_SECONDS = 10
@@ -29,7 +29,9 @@ def serve_ui(home: Home, *, host: str, port: int, tracking_uri: str | None) -> i
     uri = tracking_uri or home.tracking_uri
     if uri.startswith(("http://", "https://")):
         raise InputError(
-            "this is a server already", where=f"--tracking-uri {uri}", hint="open it in a browser"
+            "this is a server already",
+            where=f"--tracking-uri {without_password(uri)}",
+            hint="open it in a browser",
         )
     check_tracking(uri)
     with socket.socket() as probe:
@@ -83,9 +85,10 @@ def study_links(home: Home, tracking_uri: str, base: str) -> dict[str, str]:
     paths = sorted(home.studies.glob("*/study.json"), key=lambda path: -path.stat().st_mtime)
     links = {}
     for path in paths[:SHOWN_STUDIES]:
-        record = open_study(home, path.parent.name).record
+        study = open_study(home, path.parent.name)
+        record = study.record
         experiment = client.get_experiment_by_name(record.model)
-        if canonical(record.tracking_uri) == tracking_uri and experiment is not None:
+        if canonical(study.tracking_uri()) == tracking_uri and experiment is not None:
             query = urllib.parse.urlencode(
                 {
                     "searchFilter": f"tags.`{STUDY}` = '{record.name}'",

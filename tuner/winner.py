@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,13 @@ from core.errors import InputError
 from core.report import Status
 from core.shards import write_json
 
+from .choice import chosen
 from .cluster import ONE_WORKER, Share, Workers
 from .context import Context, FeatureRequest, request_of, view_folders
+from .device_time import DeviceMeter, metered
 from .finalists import AS_USUAL, NUM_FINALISTS, FinalistOptions, Winner, crown
 from .ray_runner import RayRunner
-from .repeats import Candidate
+from .repeats import Candidate, Runner
 from .searcher import trial_seed
 from .space import SearchSpace
 from .study import Study, TrialRecord, trial_records
@@ -54,6 +56,7 @@ def crown_and_register(
     rivals: Sequence[Candidate] = (),
     options: FinalistOptions = AS_USUAL,
     share: Share = ONE_WORKER,
+    meter: DeviceMeter | None = None,
 ) -> Result:
     """Choose the winner among the best trials, score it on test, log and register its model.
 
@@ -63,25 +66,34 @@ def crown_and_register(
             compete for the same places. Their trials read the same table, split and objective.
         options: how many are trained again, and what is made of them.
         share: what a fine-tuning takes of the cluster.
+        meter: counts what the finalists take of devices.
 
     Raises InputError if no trial was completed.
     """
     trials = tuple(trial_records(study.optuna(), space))
     candidates = [
         *best_candidates(
-            trials, features, study.record.seed, study=study.record.name, count=options.count
+            chosen(trials, study.record.name, options),
+            features,
+            study.record.seed,
+            study=study.record.name,
+            count=options.count,
         ),
         *rivals,
     ]
     candidates.sort(key=lambda c: (-c.value, c.study, c.number))
+    if options.pick is not None:
+        options = replace(options, ensemble=None)  # That trial is wanted, and nothing beside it.
     if not candidates:
         raise InputError(
-            f"none of {len(trials)} trials was completed, so there is no winner",
+            f"none of {len(trials)} trials was completed and may win, so there is no winner",
             where=f"study {study.record.name}",
             hint=f"see why: tuner trials {study.record.name}",
         )
-    run = RayRunner(context, workers, share, console)
-    winner = crown(context, candidates[: options.count], options, run)
+    run: Runner = RayRunner(context, workers, share, console)
+    if meter is not None:
+        run = metered(run, meter, workers)
+    winner = crown(context, candidates[: options.count], options, run, bounds=space.constraints)
     write_json(study.folder / "winner.json", winner.to_dict())
     with console.status("logging and registering the model"):
         version = _register(study, winner, tracker)
@@ -130,15 +142,16 @@ def _register(study: Study, winner: Winner, tracker: Tracker) -> str:
     tracker.log_study(winner_metrics(winner), tags)
     tracker.mark_winner(winner.number, winner.study)
     tracker.log_artifacts([study.folder / "winner.json"])
-    tracker.flush()
-    info = log_model(
-        Path(winner.folder),
-        run_id=tracker.parent_run_id,
-        registered_name=study.record.model,
-        input_example_bytes=example_picture(),
-        tracking_uri=tracker.tracking_uri,
-        alias=ALIAS,
-        tags={"tuner.study": study.record.name, **{k: str(v) for k, v in tags.items()}},
+    info = tracker.ask(
+        lambda: log_model(
+            Path(winner.folder),
+            run_id=tracker.parent_run_id,
+            registered_name=study.record.model,
+            input_example_bytes=example_picture(),
+            tracking_uri=tracker.tracking_uri,
+            alias=ALIAS,
+            tags={"tuner.study": study.record.name, **{k: str(v) for k, v in tags.items()}},
+        )
     )
     return info.version
 

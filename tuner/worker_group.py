@@ -40,7 +40,7 @@ LONE_END_SECONDS = 30.0
 """A rank that could not go on waits so long for the others; then the group is started anew."""
 END_SECONDS = 120.0
 """How long the end of a study waits for its groups to be gone."""
-INTERRUPTED_SECONDS = 20.0
+INTERRUPTED_SECONDS = 12.0
 """The same after an interruption: an epoch may be longer than a person wants to wait."""
 REASON_LENGTH = 500
 

@@ -147,7 +147,7 @@ def test_the_systems_own_refusal(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
     assert result.returncode == 0, result.stderr
-    assert f"InputError {tmp_path}: no room for a checkpoint: it takes 4.0 MB" in result.stdout
+    assert f"NoRoomError {tmp_path}: no room for a checkpoint: it takes 4.0 MB" in result.stdout
     assert "File too large" in result.stdout
     assert result.stdout.endswith("then 1\n")
     assert not (tmp_path / DRAFT).exists()

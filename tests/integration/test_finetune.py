@@ -31,9 +31,9 @@ from tuner.home import Home, open_home
 from tuner.live import StudyView
 from tuner.outcomes import EndedTrial, OutcomeLog
 from tuner.plan import make_plan
-from tuner.searcher import FITS
 from tuner.space_file import parse_space
 from tuner.study import StudyRecord, create_study
+from tuner.telling import FITS
 from tuner.tracking import Tracker
 from tuner.trials import run_trials
 

@@ -223,18 +223,18 @@ def test_a_study_has_one_session_at_a_time(
     tuner: Run, home: Path, data: Path, space: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The claim is another process' (here: another file description), and ends with it."""
+    from tuner.drivers import driving
     from tuner.home import open_home
-    from tuner.session import alone
     from tuner.study import open_study
 
     a_study(home, data, "mine")
     study = open_study(open_home(home), "mine")
-    with alone(study):
+    with driving(study):
         ended = tuner("resume", "mine")
         assert ended.code == 2
         assert "study mine: another process runs this study now" in ended.err
         assert "wait for its end" in ended.err
-    with alone(study):
+    with driving(study):
         pass
 
 

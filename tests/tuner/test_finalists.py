@@ -30,6 +30,7 @@ from core.split import make_split
 from core.synth import draw_posters
 from core.table import read_table
 from tuner.cohort import save_state
+from tuner.constraints import RECALL
 from tuner.context import Context, request_of
 from tuner.ensemble import choose_ensemble
 from tuner.feature_work import ensure_features
@@ -488,3 +489,44 @@ def test_metrics_and_tags_hold_every_finalist(
     table = finalist_table(winner)
     assert table.row_count == 3
     assert table.columns[0]._cells == [str(f.number) for f in winner.finalists]
+
+
+# ---- constraints --------------------------------------------------------------------------------
+
+
+def test_a_finalist_that_neglects_a_class_is_out(
+    context: Context, candidates: list[Candidate]
+) -> None:
+    runs = {c.number: [trained_alone(context, c, seed) for seed in range(2)] for c in candidates}
+    recalls = {n: np.mean([r.best_metrics[RECALL] for r in pair]) for n, pair in runs.items()}
+    assert recalls[4] < recalls[7] < recalls[2], "what follows needs two that differ"
+    bounds = {"min_class_recall": float(recalls[7] + recalls[2]) / 2}
+    options = FinalistOptions(seeds=2)
+    winner = crown(context, candidates, options, InProcess(context), bounds=bounds)
+    assert winner.number == winner.finalists[0].number == 2
+    assert [bool(f.out) for f in winner.finalists] == [False, True, True]
+    found = {f.number: f.worst_class_recall for f in winner.finalists}
+    assert found == pytest.approx(recalls)
+    table = finalist_table(winner)
+    reasons = list(table.columns[-1].cells)
+    assert reasons[0] == "" and "its worst class has a recall of 0." in str(reasons[1])
+    assert len(finalist_table(crown(context, candidates, options, InProcess(context))).columns) == 7
+    bounds = {"min_class_recall": 0.99}
+    with pytest.raises(InputError, match="every finalist violates a constraint once it is trained"):
+        crown(context, candidates, options, InProcess(context), bounds=bounds)
+
+
+def test_the_model_itself_keeps_the_constraint(
+    context: Context, candidates: list[Candidate]
+) -> None:
+    """Where a finalist does on average, but its best repetition does not."""
+    candidate = candidates[2]
+    first, second = (trained_alone(context, candidate, seed) for seed in range(2))
+    recalls = [r.best_metrics[RECALL] for r in (first, second)]
+    assert first.best_value > second.best_value and recalls[0] < recalls[1], "for what follows"
+    bounds = {"min_class_recall": float(np.mean(recalls))}
+    options = FinalistOptions(seeds=2)
+    winner = crown(context, [candidate], options, InProcess(context), bounds=bounds)
+    assert winner.validation == second.best_value
+    free = crown(context, [candidate], options, InProcess(context))
+    assert free.validation == first.best_value

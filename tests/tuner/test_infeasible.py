@@ -8,9 +8,9 @@ import pytest
 from core.report import Outcome, Status
 from tuner.bounded import BoundedSampler
 from tuner.sampling import build_sampler
-from tuner.searcher import FITS, tell
 from tuner.space_file import parse_space
 from tuner.study import trial_records
+from tuner.telling import FITS, tell
 
 SIZES = [8, 64, 512, 4096]
 NUM_TRIALS = 60

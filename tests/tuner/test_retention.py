@@ -79,3 +79,13 @@ def test_checkpoints_go_when_their_trial_has_ended(tmp_path: Path, status: Statu
     # Left over by a kill between the trial's end and the deletion:
     StateKeeper(context, [EndedTrial(number=2, settings={}, outcome=Outcome(status=status))])
     assert not context.checkpoint_folder(2).exists()
+
+
+def test_one_that_violates_a_constraint_is_not_kept(tmp_path: Path) -> None:
+    """Though it was trained to its end, and well."""
+    keeper = StateKeeper(_context(tmp_path))
+    for number in range(2):
+        (tmp_path / str(number)).touch()
+    keeper.trial_ended(0, {}, _outcome(0.5))
+    keeper.trial_ended(1, {}, Outcome(status=Status.INFEASIBLE, best_value=0.9))
+    assert {path.name for path in tmp_path.iterdir()} == {"0"}

@@ -138,7 +138,11 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("  from_probes: 2", "  from_probe: 2", "finetune.from_probe: unknown key 'from_probe'\n  did"),
     ("  from_probes: 2", "  from_probes: -1", "line 13, finetune.from_probes: input should be gr"),
     ("  from_probes: 2", "  from_probes: two", "finetune.from_probes: input should be a valid int"),
-    ("name: both", "trials: 3", "line 1, trials: unknown key 'trials'\n  valid: description, "),
+    (
+        "name: both",
+        "trials: 3",
+        "line 1, trials: unknown key 'trials'\n  valid: constraints, description, ",
+    ),
     ("name: both", "mode: finetune", "line 1, mode: unknown key 'mode'"),
     ("name: both", "parameters: {}", "line 1, parameters: unknown key 'parameters'"),
     ("  pruner: none", "  pruner: non", "line 8, probe.pruner: unknown pruner 'non'\n  did you me"),
