@@ -99,7 +99,7 @@ lock: ## write constraints.txt anew from pyproject.toml
 	  --python $(BIN)/python $(LOCK_FLAGS) --output-file constraints.txt
 
 schema: setup ## write search_spaces/schema.json anew from the code
-	$(BIN)/python -c "from pathlib import Path; from tuner.space_schema import write_schema; \
+	$(BIN)/python -c "from pathlib import Path; from tuner.spaces.schema import write_schema; \
 	  write_schema(Path('search_spaces/schema.json'))"
 
 # ---- use ----------------------------------------------------------------------------------------

@@ -167,12 +167,12 @@ class TrialConfig:
 
 def _check_names(config: TrialConfig) -> None:
     """Every name is in its registry."""
+    from .encoding.pooling import POOLINGS
     from .heads import HEADS
+    from .images.views import VIEWS
     from .losses import LOSSES
     from .optimizers import OPTIMIZERS
-    from .pooling import POOLINGS
     from .schedules import SCHEDULES
-    from .views import VIEWS
 
     for key, valid in (
         ("mode", MODES),
@@ -240,7 +240,7 @@ def _check_ranges(config: TrialConfig) -> None:
 
 def _check_combinations(config: TrialConfig) -> None:
     """What one setting demands of another."""
-    from .backbones import has_stages
+    from .encoding.backbones import has_stages
 
     _check(
         config,

@@ -1,7 +1,8 @@
 """Heads: what turns a backbone's features into one logit a class.
 
-These modules are the heads as they are served and fine-tuned; `core.stack` trains many of them at
-once on the same parameters (`layers`). N: pictures, D: features, C: classes, K: hidden width.
+These modules are the heads as they are served and fine-tuned; `core.probing.stack` trains many of
+them at once on the same parameters (`layers`). N: pictures, D: features, C: classes, K: hidden
+width.
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from core.duplicates import find_groups
+from core.data.duplicates import find_groups
+from core.data.table import Table, read_table
 from core.errors import InputError
-from core.pictures import PictureProblem, check_pictures
-from core.table import Table, read_table
+from core.images.pictures import PictureProblem, check_pictures
 
 SHOWN_PROBLEMS = 5
 Progress = Callable[[str, int, int], None]

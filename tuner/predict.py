@@ -19,11 +19,11 @@ import numpy.typing as npt
 
 from core.errors import InputError
 
-from .model_address import find_model
+from .tracking.model_address import find_model
 
 if TYPE_CHECKING:
-    from core.evaluation import Evaluation
-    from core.table import Table
+    from core.data.table import Table
+    from core.models.evaluation import Evaluation
 
 Predict = Callable[[Sequence[bytes]], npt.NDArray[np.float32]]
 CHUNK_ROWS = 128
@@ -83,7 +83,7 @@ class ModelEvaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON: where the numbers come from, then the metrics."""
-        from core.evaluation import learnt_nothing
+        from core.models.evaluation import learnt_nothing
 
         return {
             "model_uri": self.model_uri,
@@ -97,13 +97,13 @@ class ModelEvaluation:
 
 def load_predictor(model_uri: str, tracking_uri: str | None = None) -> Predictor:
     """The model of `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `models:/MODEL_ID`,
-    `runs:/RUN_ID` or a folder (an MLflow model's or `core.model.save_model`'s).
+    `runs:/RUN_ID` or a folder (an MLflow model's or `core.models.model.save_model`'s).
 
     `tracking_uri` is MLflow's address, None for its own default. Raises InputError for a model
     that does not exist, listing those that do, and for a damaged one.
     """
-    from core.manifest import MANIFEST_FILE, check_files, read_manifest
-    from core.model import load_model
+    from core.models.manifest import MANIFEST_FILE, check_files, read_manifest
+    from core.models.model import load_model
 
     with tempfile.TemporaryDirectory(prefix="tuner-download-") as temporary:
         folder = find_model(model_uri, tracking_uri, Path(temporary))
@@ -127,7 +127,7 @@ def predict_files(predictor: Predictor, files: Sequence[Path]) -> list[FilePredi
 
     Raises InputError naming the first file that cannot be read as a picture, before predicting.
     """
-    from core.pictures import open_picture
+    from core.images.pictures import open_picture
 
     for path in files:
         if path.is_dir():
@@ -153,7 +153,7 @@ def predict_paths(
     progress: Callable[[int, int], None] | None = None,
 ) -> npt.NDArray[np.float32]:
     """Probabilities [N, C] of picture files, read a chunk at a time; progress(done, total)."""
-    from core.pictures import check_pictures
+    from core.images.pictures import check_pictures
 
     parts = [np.empty((0, len(predictor.class_names)), np.float32)]
     for start in range(0, len(paths), CHUNK_ROWS):
@@ -172,7 +172,7 @@ def predict_paths(
 
 
 def data_record(table: Table, parts: Mapping[str, npt.NDArray[np.int64]]) -> dict[str, Any]:
-    """What a model keeps of its data, as `metadata["data"]` of `core.model.save_model`.
+    """What a model keeps of its data, as `metadata["data"]` of `core.models.model.save_model`.
 
     `parts` are the row numbers under `train`, `validation` and `test`. JSON, one byte a row.
     """
@@ -202,7 +202,7 @@ def evaluate_model(
     (the model's own if it was trained on this very table, else the table's split column), and all
     rows otherwise. Raises InputError if the classes differ or the split is unknown.
     """
-    from core.evaluation import evaluate
+    from core.models.evaluation import evaluate
 
     if set(table.class_names) != set(predictor.class_names):
         raise InputError(

@@ -9,35 +9,35 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from core.drop_path import set_drop_path
-from core.encoders import build_encoder
+from core.data.split import Split, make_split
+from core.data.table import Table, read_table
+from core.encoding.encoders import build_encoder
 from core.errors import InputError
+from core.finetuning.drop_path import set_drop_path
 from core.metrics import prior_scores
-from core.probe import METRICS
-from core.split import Split, make_split
-from core.table import Table, read_table
+from core.probing.probe import METRICS
 
 from .addresses import canonical, check_tracking
-from .artifacts import artifact_url, check_artifacts
-from .cluster import LOCAL, ONE_WORKER, Share, check_address, check_share
-from .constraints import check_judgeable
 from .data import CheckedData, check_data, name_in
-from .finalists import AS_USUAL, FinalistOptions
+from .finalists.crown import AS_USUAL, FinalistOptions
+from .goals.constraints import check_judgeable
 from .home import Home
-from .mlflow_store import tracked_studies
-from .plan import feature_requests
-from .space import SearchSpace
-from .steps import showing_steps
-from .storage import stored_studies
-from .study import (
+from .sampling.wilcoxon import check_folds
+from .spaces.space import SearchSpace
+from .studies.plan import feature_requests
+from .studies.storage import stored_studies
+from .studies.study import (
     StudyRecord,
     check_name,
     finetune_name,
     free_name,
     refuse_used_name,
 )
-from .warm_start import NUM_TRIALS
-from .wilcoxon import check_folds
+from .studies.warm_start import NUM_TRIALS
+from .tracking.artifacts import artifact_url, check_artifacts
+from .tracking.mlflow_store import tracked_studies
+from .trials.cluster import LOCAL, ONE_WORKER, Share, check_address, check_share
+from .views.steps import showing_steps
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,7 +51,7 @@ class SearchRequest:
 
     space: SearchSpace
     data: dict[str, Any]
-    """Arguments of `core.table.read_table`."""
+    """Arguments of `core.data.table.read_table`."""
     study: str | None = None
     """Name; None for the space's name and a number."""
     trials: int | None = None
@@ -61,7 +61,7 @@ class SearchRequest:
     hours: float | None = None
     """Time after which no cohort starts; None for no limit."""
     device_hours: float | None = None
-    """Device time after which no cohort starts (`tuner.device_time`); None for no limit."""
+    """Device time after which no cohort starts (`tuner.budgets.device_time`); None for no limit."""
     from_study: tuple[str, ...] = ()
     """Earlier studies, by name or folder, whose best trials are the first points."""
     from_trials: int = NUM_TRIALS

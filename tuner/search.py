@@ -15,37 +15,37 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from core.data.split import Split
+from core.data.table import Table
 from core.errors import InputError
-from core.split import Split
-from core.table import Table
 
 from .addresses import check_tracking
-from .artifacts import check_artifacts
-from .choice import check_choice, chosen
-from .cluster import LOCAL, ONE_WORKER, Share, Workers, check_address, check_share, cluster
-from .constraints import check_judgeable
+from .budgets.quoting import quoted
 from .data import reread_table
-from .drivers import Driver, driving
-from .finalists import AS_USUAL, FinalistOptions
+from .drivers.presence import Driver, driving
+from .finalists.choice import check_choice, chosen
+from .finalists.crown import AS_USUAL, FinalistOptions
+from .finalists.winner import Result, best_candidates, crown_and_register
+from .goals.constraints import check_judgeable
 from .home import Home
-from .parts import (
+from .preparation import SearchRequest, objective_floor, prepare
+from .session import Part, Session, tracked, trials_run
+from .signals import going_on_with, interruption, stoppable
+from .studies.parts import (
     begin_finetune_study,
     finetune_study,
     first_part,
     make_plans,
     studies_of,
 )
-from .plan import Plan
-from .preparation import SearchRequest, objective_floor, prepare
-from .probe_heads import keep_heads
-from .quoting import quoted
-from .seeds import choose_seeds, seeds_text
-from .session import Part, Session, tracked, trials_run
-from .signals import going_on_with, interruption, stoppable
-from .storage import stored_studies
-from .study import Study, create_study, trial_records
-from .warm_start import warm_start_of
-from .winner import Result, best_candidates, crown_and_register
+from .studies.plan import Plan
+from .studies.seeds import choose_seeds, seeds_text
+from .studies.storage import stored_studies
+from .studies.study import Study, create_study, trial_records
+from .studies.warm_start import warm_start_of
+from .tracking.artifacts import check_artifacts
+from .trials.cluster import LOCAL, ONE_WORKER, Share, Workers, check_address, check_share, cluster
+from .trials.probe_heads import keep_heads
 
 if TYPE_CHECKING:
     from rich.console import Console

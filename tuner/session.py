@@ -10,30 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core.data.split import Split
+from core.data.table import Table
 from core.errors import InputError
 from core.precision import inference_precision
-from core.split import Split
-from core.table import Table
 
-from . import warm_start
-from .cache import make_room, pruned_lines
-from .cluster import Share, Workers
-from .context import Context, FeatureRequest
-from .delivery import Delivery
-from .device_time import FEATURES, DeviceMeter, devices_of_trial, open_meter
-from .drivers import Driver
-from .extraction import ExtractionProgress, extract
-from .home import LIMIT_VARIABLE, Home
-from .judge import affordable, judge_of
-from .live import StudyView
-from .outcomes import OutcomeLog
-from .pareto_view import record_front
-from .parts import SEEDS_FILE
-from .plan import Plan
-from .shared_record import publish_study
-from .signals import interruption
-from .space import SearchSpace
-from .speeds import (
+from .budgets.device_time import FEATURES, DeviceMeter, devices_of_trial, open_meter
+from .budgets.speeds import (
     FeatureClock,
     device_name,
     keep_notes,
@@ -41,10 +24,27 @@ from .speeds import (
     notes_of_trials,
     rows_an_epoch,
 )
-from .steps import ExtractionView, showing_steps
-from .study import Study
-from .tracking import Tracker, mlflow_delivery
-from .trials import run_trials
+from .drivers.presence import Driver
+from .features.cache import make_room, pruned_lines
+from .features.extraction import ExtractionProgress, extract
+from .goals.judge import affordable, judge_of
+from .goals.pareto_view import record_front
+from .home import LIMIT_VARIABLE, Home
+from .signals import interruption
+from .spaces.space import SearchSpace
+from .studies import warm_start
+from .studies.outcomes import OutcomeLog
+from .studies.parts import SEEDS_FILE
+from .studies.plan import Plan
+from .studies.shared_record import publish_study
+from .studies.study import Study
+from .tracking.delivery import Delivery
+from .tracking.tracker import Tracker, mlflow_delivery
+from .trials.cluster import Share, Workers
+from .trials.context import Context, FeatureRequest
+from .trials.on_tune import run_trials
+from .views.live import StudyView
+from .views.steps import ExtractionView, showing_steps
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -200,7 +200,7 @@ def _extract(
     holds: ExitStack,
     meter: DeviceMeter,
 ) -> dict[Any, str]:
-    from .channel import start_channel
+    from .trials.channel import start_channel
 
     clock, started = FeatureClock(), time.monotonic()
     pruned = make_room(

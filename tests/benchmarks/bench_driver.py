@@ -15,13 +15,13 @@ import optuna
 from measuring import Bench, benchmark, console, resident_mib, show, verdict
 
 from core.report import Outcome, Status
-from tuner.outcomes import OutcomeLog
-from tuner.plan import Plan, make_plan
-from tuner.sampling import build_pruner, build_sampler
-from tuner.searcher import Budget, CohortSearcher
-from tuner.space import SearchSpace, load_space
-from tuner.storage import open_storage
-from tuner.study import OUTCOME, outcome_attribute
+from tuner.sampling.registry import build_pruner, build_sampler
+from tuner.spaces.space import SearchSpace, load_space
+from tuner.studies.outcomes import OutcomeLog
+from tuner.studies.plan import Plan, make_plan
+from tuner.studies.storage import open_storage
+from tuner.studies.study import OUTCOME, outcome_attribute
+from tuner.trials.searcher import Budget, CohortSearcher
 
 METRICS = ("train_loss", "train_top3_accuracy", "validation_loss", "validation_top3_accuracy", "lr")
 

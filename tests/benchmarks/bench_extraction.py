@@ -17,18 +17,18 @@ from typing import Any
 import torch
 from measuring import Bench, benchmark, console, poster_table, show, verdict, weights_at_hand
 
-from core.encoders import Encoder, build_encoder
-from core.errors import InputError
-from core.features import (
+from core.data.table import Table
+from core.encoding.encoders import Encoder, build_encoder
+from core.encoding.features import (
     BATCH,
     compute_features,
     describe_features,
     feature_shape,
     feature_store,
 )
-from core.pixels import PixelSpec, PixelStore
+from core.errors import InputError
+from core.images.pixels import PixelSpec, PixelStore
 from core.precision import autocast, inference_precision
-from core.table import Table
 
 # Fastest first; of the shipped spaces and the reference comparison.
 PRETRAINED = ("squeezenet1_1", "mobilenet_v2", "onnx/resnet50v2_stage3.onnx")

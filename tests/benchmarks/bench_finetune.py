@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from measuring import NUM_CLASSES, Bench, benchmark, console, show, verdict
 
-from core.classifier import build_classifier
 from core.config import TrialConfig
-from core.encoders import build_encoder
-from core.finetune import finetune
+from core.encoding.encoders import build_encoder
+from core.finetuning.finetune import finetune
+from core.finetuning.ranks import joined_ranks
+from core.models.classifier import build_classifier
 from core.precision import autocast, inference_precision
-from core.ranks import joined_ranks
-from core.stack import head_settings
+from core.probing.stack import head_settings
 
 BATCH = 32
 VALIDATED = 32

@@ -23,11 +23,11 @@ from measuring import Bench, benchmark, console, show, verdict
 from rich.console import Console
 
 from core.report import Outcome
-from tuner.cluster import DRIVER_VARIABLES, Share, cluster
-from tuner.live import StudyView
-from tuner.space import SearchSpace
-from tuner.space_file import parse_space
-from tuner.trials import run_trials
+from tuner.spaces.file import parse_space
+from tuner.spaces.space import SearchSpace
+from tuner.trials.cluster import DRIVER_VARIABLES, Share, cluster
+from tuner.trials.on_tune import run_trials
+from tuner.views.live import StudyView
 
 WORKERS = 2
 BACKBONE, SIZE = "squeezenet1_1", 64
@@ -122,9 +122,9 @@ def training_loop(job: Mapping[str, Any]) -> None:
     from ray import train
 
     from core.config import TrialConfig
-    from core.encoders import build_encoder
-    from core.finetune import finetune
-    from core.ranks import joined_ranks
+    from core.encoding.encoders import build_encoder
+    from core.finetuning.finetune import finetune
+    from core.finetuning.ranks import joined_ranks
 
     torch.set_num_threads(1)
     config = TrialConfig.from_dict(job["settings"])

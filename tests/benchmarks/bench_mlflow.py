@@ -26,10 +26,10 @@ from measuring import (
 )
 
 from core.config import TrialConfig
-from core.probe import train_probes
+from core.probing.probe import train_probes
 from core.report import Outcome, Status
 from tests.servers import mlflow_server, postgres
-from tuner.tracking import Tracker
+from tuner.tracking.tracker import Tracker
 
 EPOCHS, METRICS = 30, 8
 SETTINGS = TrialConfig(backbone="mobilenet_v2", optimizer="adamw", weight_decay=1.0).to_dict()

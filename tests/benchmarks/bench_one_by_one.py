@@ -18,7 +18,7 @@ import numpy as np
 import ours
 from measuring import NUM_IMAGES, Bench, benchmark, console, show, verdict
 
-from tuner.cluster import cluster
+from tuner.trials.cluster import cluster
 
 BACKBONE, NUM_FEATURES = "mobilenet_v2", 1280
 TRIALS = 128

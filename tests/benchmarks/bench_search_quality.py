@@ -22,9 +22,9 @@ import optuna
 from measuring import Bench, benchmark, console, show, verdict
 from search_problems import Problem, problems
 
-from tuner.reproducible import reproducible_sampler
-from tuner.rounds import round_size
-from tuner.sampling import build_pruner
+from tuner.drivers.rounds import round_size
+from tuner.sampling.registry import build_pruner
+from tuner.trials.reproducible import reproducible_sampler
 
 TRIALS, SEEDS = 200, 20
 WORKERS = 2
@@ -54,7 +54,8 @@ def plain_tpe(problem: Problem, trials: int, seed: int) -> list[float]:
 
 
 def ours(problem: Problem, trials: int, seed: int) -> list[float]:
-    """As `tuner.searcher` does: a round is asked at once, and judged at each rung together."""
+    """As `tuner.trials.searcher` does: a round is asked at once, and judged at each rung
+    together."""
     space = problem.space
     study = optuna.create_study(
         direction="maximize",

@@ -32,7 +32,7 @@ from measuring import (
 from core.config import TrialConfig
 from core.losses import LOSSES
 from core.optimizers import OPTIMIZERS
-from core.probe import train_probes
+from core.probing.probe import train_probes
 
 NUM_FEATURES = 1280  # of mobilenet_v2
 BATCH = 256

@@ -2,9 +2,9 @@
 
 Ray's release test of Tune's bookkeeping (10,000 trials of 1 s on 16 CPUs within 800 s) scaled to
 the cores there are. Bare: a function that sleeps and reports once, reused actors, no loggers, no
-searcher. Ours is `tuner.trials.run_trials` as it is (TPE, successive halving, journal file, outcome
-log, a run a trial in MLflow on sqlite, the live table), with a worker that sleeps instead of
-training, reports at a rung and waits for the ruling. Every trial is a cohort of its own: the
+searcher. Ours is `tuner.trials.on_tune.run_trials` as it is (TPE, successive halving, journal file,
+outcome log, a run a trial in MLflow on sqlite, the live table), with a worker that sleeps instead
+of training, reports at a rung and waits for the ruling. Every trial is a cohort of its own: the
 hardest case, as a cohort of many costs what one does. They take turns on one Ray.
 """
 
@@ -19,11 +19,11 @@ from unittest.mock import patch
 import ours
 from measuring import Bench, benchmark, console, show, verdict
 
-from tuner.channel import ChannelHandle
-from tuner.cluster import Workers, cluster
-from tuner.context import Context
-from tuner.space import SearchSpace
-from tuner.space_file import parse_space
+from tuner.spaces.file import parse_space
+from tuner.spaces.space import SearchSpace
+from tuner.trials.channel import ChannelHandle
+from tuner.trials.cluster import Workers, cluster
+from tuner.trials.context import Context
 
 SECONDS = 1.0
 TRIALS = 200
@@ -54,7 +54,7 @@ def sleeping_space(trials: int) -> SearchSpace:
 
 
 def sleep_cohort(job: Mapping[str, Any], context: Context, channel: ChannelHandle) -> None:
-    """In the place of `tuner.cohort.run_cohort`: the same reports and deliveries."""
+    """In the place of `tuner.trials.cohort.run_cohort`: the same reports and deliveries."""
     from ray import tune
 
     from core.report import Outcome, Status
@@ -107,7 +107,7 @@ def with_ours(bench: Bench, trials: int, workers: Workers) -> float:
     table, split = ours.random_table(64)
     prepared = ours.prepare(bench, space, table, split, workers)
     features = dict.fromkeys(prepared.plan.requests, str(bench.scratch))
-    with patch("tuner.trials.run_cohort", sleep_cohort):
+    with patch("tuner.trials.on_tune.run_cohort", sleep_cohort):
         seconds = ours.run(prepared, features, workers)
     ended = prepared.study.optuna().get_trials(deepcopy=False)
     assert len(ended) == trials and all(trial.state.is_finished() for trial in ended)

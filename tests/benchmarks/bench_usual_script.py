@@ -18,10 +18,10 @@ import usual
 from measuring import Bench, benchmark, console, poster_table, show, verdict, weights_at_hand
 
 from core.config import TrialConfig
-from core.intervals import bootstrap_interval
-from core.probe import train_probes
-from tuner.cluster import cluster
-from tuner.cohort import open_matrix
+from core.models.intervals import bootstrap_interval
+from core.probing.probe import train_probes
+from tuner.trials.cluster import cluster
+from tuner.trials.cohort import open_matrix
 
 BACKBONE, SIZE = "squeezenet1_1", 224
 TRIALS, EPOCHS = 64, 30

@@ -152,16 +152,16 @@ def random_features(num_images: int, num_features: int, seed: int = 0) -> np.nda
 
 
 def split_rows(num_images: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Training and validation rows in the shares of `core.split`: 72 % and 13 %."""
+    """Training and validation rows in the shares of `core.data.split`: 72 % and 13 %."""
     order = np.random.default_rng(seed).permutation(num_images)
     train, validation = round(0.7225 * num_images), round(0.1275 * num_images)
     return np.sort(order[:train]), np.sort(order[train : train + validation])
 
 
 def poster_table(bench: Bench, num_images: int) -> tuple[Any, str]:
-    """A `core.table.Table` of at most so many pictures, and what it is."""
+    """A `core.data.table.Table` of at most so many pictures, and what it is."""
+    from core.data.table import read_table
     from core.synth import draw_posters
-    from core.table import read_table
 
     if folder := os.environ.get("POSTERS_DIR"):
         table = read_table(folder)

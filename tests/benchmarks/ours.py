@@ -18,22 +18,22 @@ import numpy as np
 from measuring import Bench, random_features, random_targets, split_rows, weights_at_hand
 from rich.console import Console
 
+from core.data.split import Split
+from core.data.table import Table
+from core.encoding.shards import SHARD_ROWS, ShardedMatrix
 from core.precision import inference_precision
-from core.shards import SHARD_ROWS, ShardedMatrix
-from core.split import Split
-from core.table import Table
-from tuner.channel import start_channel
-from tuner.cluster import Workers
-from tuner.context import Context, FeatureRequest
-from tuner.extraction import extract
+from tuner.features.extraction import extract
 from tuner.home import Home, open_home
-from tuner.live import StudyView
-from tuner.plan import Plan, make_plan
-from tuner.space import SearchSpace
-from tuner.space_file import parse_space
-from tuner.study import Study, StudyRecord, create_study, trial_records
-from tuner.tracking import Tracker
-from tuner.trials import run_trials
+from tuner.spaces.file import parse_space
+from tuner.spaces.space import SearchSpace
+from tuner.studies.plan import Plan, make_plan
+from tuner.studies.study import Study, StudyRecord, create_study, trial_records
+from tuner.tracking.tracker import Tracker
+from tuner.trials.channel import start_channel
+from tuner.trials.cluster import Workers
+from tuner.trials.context import Context, FeatureRequest
+from tuner.trials.on_tune import run_trials
+from tuner.views.live import StudyView
 
 STUDY = "ours"
 

@@ -30,11 +30,16 @@ ROUND = 96
 
 def features_of(bench: Bench, folder: Path, num_pictures: int) -> tuple[dict[str, Any], Any]:
     """Feature matrices by backbone, kept under `folder`, and the table of the pictures."""
-    from core.encoders import build_encoder
-    from core.features import compute_features, describe_features, feature_shape, feature_store
-    from core.pixels import PixelSpec, PixelStore
+    from core.encoding.encoders import build_encoder
+    from core.encoding.features import (
+        compute_features,
+        describe_features,
+        feature_shape,
+        feature_store,
+    )
+    from core.images.pixels import PixelSpec, PixelStore
     from core.precision import inference_precision
-    from tuner.space import load_space
+    from tuner.spaces.space import load_space
 
     table, _ = poster_table(bench, num_pictures)
     weights, weights_dir, _ = weights_at_hand()
@@ -74,9 +79,9 @@ def add_round(
 
     from core.config import TrialConfig
     from core.precision import inference_precision
-    from core.probe import train_probes
+    from core.probing.probe import train_probes
     from core.report import Status
-    from tuner.space import load_space
+    from tuner.spaces.space import load_space
 
     space = load_space(SPACE)
     trials = [study.ask() for _ in range(ROUND)]
@@ -111,8 +116,8 @@ def _failed() -> Any:
 def main() -> None:
     import optuna
 
-    from tuner.sampling import SamplerSpec, build_sampler
-    from tuner.space import load_space
+    from tuner.sampling.registry import SamplerSpec, build_sampler
+    from tuner.spaces.space import load_space
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path, help="JSON lines, outside of the repository")

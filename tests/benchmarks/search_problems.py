@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import optuna
 
-from tuner.sampling import rungs
-from tuner.space import SearchSpace, load_space
-from tuner.space_domain import Choice, Constant, Range
+from tuner.sampling.registry import rungs
+from tuner.spaces.domain import Choice, Constant, Range
+from tuner.spaces.space import SearchSpace, load_space
 
 Params = Mapping[str, Any]
 NUM_TREES = 60

@@ -10,8 +10,8 @@ import torch
 from _pytest.mark import ParameterSet
 from torch import Tensor
 
-from core.backbones import BACKBONES, list_backbones
-from core.encoders import Encoder, build_encoder
+from core.encoding.backbones import BACKBONES, list_backbones
+from core.encoding.encoders import Encoder, build_encoder
 
 # Smaller than the networks' own size, where they allow it, to be quick.
 SIZES: dict[str, int | None] = {

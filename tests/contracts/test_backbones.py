@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from core.backbones import BACKBONES, IMAGENET_MEAN, IMAGENET_STD, find_backbone
-from core.encoders import build_encoder, load_encoder, weights_fingerprint
+from core.encoding.backbones import BACKBONES, IMAGENET_MEAN, IMAGENET_STD, find_backbone
+from core.encoding.encoders import build_encoder, load_encoder, weights_fingerprint
+from core.encoding.pooling import pool
 from core.errors import InputError
-from core.pooling import pool
 
 from .small_backbones import (
     ALL_TORCHVISION,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from core.encoders import build_encoder, load_encoder, weights_fingerprint
+from core.encoding.encoders import build_encoder, load_encoder, weights_fingerprint
 from core.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

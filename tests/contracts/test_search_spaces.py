@@ -12,16 +12,16 @@ import optuna
 import pytest
 
 from core.config import MODES, TrialConfig
-from core.probe import METRICS
-from tuner.seeds import choose_seeds
-from tuner.space import SearchSpace, load_space, shipped_spaces
-from tuner.space_check import FINETUNE_ONLY, PROBE_ONLY
-from tuner.space_domain import Choice
-from tuner.space_file import PARTS as PARTS_OF_A_SPACE
-from tuner.space_file import SpaceSection, TwoPartSection
-from tuner.space_schema import json_schema, write_schema
-from tuner.space_source import read_yaml
-from tuner.study import TrialRecord
+from core.probing.probe import METRICS
+from tuner.spaces.check import FINETUNE_ONLY, PROBE_ONLY
+from tuner.spaces.domain import Choice
+from tuner.spaces.file import PARTS as PARTS_OF_A_SPACE
+from tuner.spaces.file import SpaceSection, TwoPartSection
+from tuner.spaces.schema import json_schema, write_schema
+from tuner.spaces.source import read_yaml
+from tuner.spaces.space import SearchSpace, load_space, shipped_spaces
+from tuner.studies.seeds import choose_seeds
+from tuner.studies.study import TrialRecord
 
 NUM_TRIALS = 200
 SPACES = sorted(shipped_spaces())
@@ -134,7 +134,7 @@ def test_settings_of_one_mode_say_so() -> None:
 def test_schema_is_up_to_date(tmp_path: Path) -> None:
     write_schema(tmp_path / "schema.json")
     assert (tmp_path / "schema.json").read_text() == (FOLDER / "schema.json").read_text(), (
-        "write it anew: python -c 'from pathlib import Path; from tuner.space_schema import "
+        "write it anew: python -c 'from pathlib import Path; from tuner.spaces.schema import "
         'write_schema; write_schema(Path("search_spaces/schema.json"))\''
     )
 

@@ -20,8 +20,8 @@ from core.heads import HEADS, build_head
 from core.losses import LOSSES, class_weights
 from core.optimizers import OPTIMIZERS
 from core.precision import BFLOAT16
+from core.probing.stack import HeadStack, head_settings
 from core.schedules import SCHEDULES, rate_factors
-from core.stack import HeadStack, head_settings
 
 N, D, P, C, BATCH, EPOCHS = 48, 12, 4, 5, 16, 4
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from core.backbones import IMAGENET_MEAN, IMAGENET_STD, find_backbone
-from core.encoders import build_encoder
-from core.networks import build_torchvision, cut_head
+from core.encoding.backbones import IMAGENET_MEAN, IMAGENET_STD, find_backbone
+from core.encoding.encoders import build_encoder
+from core.encoding.networks import build_torchvision, cut_head
 
 from .small_backbones import (
     ALL_TORCHVISION,

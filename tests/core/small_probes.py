@@ -1,4 +1,4 @@
-"""Small probes for the tests of `core.probe`: data, trials, and how two outcomes compare.
+"""Small probes for the tests of `core.probing.probe`: data, trials, and how two outcomes compare.
 
 N rows, D features, P places, C classes.
 """
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from core.config import TrialConfig
-from core.probe import train_probes
+from core.images.views import BY_NAME
+from core.probing.probe import train_probes
 from core.report import Metrics, Outcome
-from core.views import BY_NAME
 
 N, D, P, C = 150, 8, 4, 5
 TRAIN, VALIDATION = np.arange(100, dtype=np.int64), np.arange(100, N, dtype=np.int64)

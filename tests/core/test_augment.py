@@ -10,8 +10,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as kernels
 
-from core.augment import Augmentation, crop_boxes, enlarge_boxes, mix, picture_seeds
-from core.randaugment import OPERATIONS, choose, randaugment
+from core.images.augment import Augmentation, crop_boxes, enlarge_boxes, mix, picture_seeds
+from core.images.randaugment import OPERATIONS, choose, randaugment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -99,7 +99,7 @@ def test_the_way_for_a_cpu_and_that_for_a_gpu_agree(monkeypatch: pytest.MonkeyPa
     images = pictures(32)
     augment = Augmentation(min_crop_scale=0.1)
     by_one = augment(images, seeds(32))
-    monkeypatch.setattr("core.augment._crop", enlarge_boxes)
+    monkeypatch.setattr("core.images.augment._crop", enlarge_boxes)
     at_once = augment(images, seeds(32))
     assert not torch.equal(by_one, images)
     assert (by_one.int() - at_once.int()).abs().max() <= 1

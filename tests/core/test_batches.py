@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from core.batches import (
+from core.finetuning.batches import (
     as_images,
     blocks_of_rank,
     cut_epoch,
@@ -23,7 +23,7 @@ from core.batches import (
     read_pictures,
     steps_per_epoch,
 )
-from core.ranks import ALONE
+from core.finetuning.ranks import ALONE
 
 
 @given(

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from core.checkpoint import DRAFT, LAST, PREVIOUS, Checkpoints, num_bytes
 from core.errors import InputError
+from core.finetuning.checkpoint import DRAFT, LAST, PREVIOUS, Checkpoints, num_bytes
 
 
 def _state(number: int, size: int = 1000) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def test_a_full_disk_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Path, "open", lambda path, mode: Full(real_open(path, mode)))
     usage = type("usage", (), {"free": room})
-    monkeypatch.setattr("core.checkpoint.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("core.finetuning.checkpoint.shutil.disk_usage", lambda folder: usage)
     with pytest.raises(InputError) as caught:
         checkpoints.save(_state(2, size=1_000_000))
     assert caught.value.where == str(tmp_path)
@@ -122,7 +122,7 @@ def test_a_full_disk_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.Mo
 _LIMITED = """
 import resource, signal, sys, torch
 from pathlib import Path
-from core.checkpoint import Checkpoints
+from core.finetuning.checkpoint import Checkpoints
 checkpoints = Checkpoints(Path(sys.argv[1]))
 checkpoints.save({"number": 1, "a": torch.zeros(1000)})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

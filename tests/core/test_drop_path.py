@@ -11,8 +11,8 @@ from torch import nn
 from torchvision import models
 from torchvision.ops import StochasticDepth
 
-from core.drop_path import set_drop_path
-from core.networks import TimmNetwork, build_torchvision, cut_head
+from core.encoding.networks import TimmNetwork, build_torchvision, cut_head
+from core.finetuning.drop_path import set_drop_path
 
 # Name -> the probability that its builder was written with. EfficientNets count otherwise than the
 # rest, and MaxViT has several layers a block.

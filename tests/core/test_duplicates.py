@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from core.duplicates import HASH_BITS, find_groups, join_rows, near_duplicate_pairs
+from core.data.duplicates import HASH_BITS, find_groups, join_rows, near_duplicate_pairs
+from core.data.table import Table, read_table
 from core.errors import InputError
-from core.table import Table, read_table
 
 
 def _scene(seed: int) -> Image.Image:
@@ -110,7 +110,7 @@ def test_the_blocks_of_the_comparison_miss_no_pair(
     paths = _save(tmp_path, images)
     expected = [(i, j) for i in range(20) for j in range(i + 1, 20) if i % 7 == j % 7]
     for block in (1, 3, 64):
-        monkeypatch.setattr("core.duplicates._BLOCK", block)
+        monkeypatch.setattr("core.data.duplicates._BLOCK", block)
         assert sorted(near_duplicate_pairs(paths)) == expected
 
 
@@ -163,7 +163,7 @@ def test_join_rows_equals_a_plain_search_of_the_graph() -> None:
 
 
 def test_the_hash_has_as_many_bits_as_it_says() -> None:
-    from core.duplicates import _difference_hashes
+    from core.data.duplicates import _difference_hashes
 
     checks = np.indices((17, 17)).sum(axis=0) % 2 * np.uint8(255)
     both = np.stack([checks, np.zeros_like(checks)]).astype(np.uint8)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from core.ema import AveragedWeights
+from core.finetuning.ema import AveragedWeights
 
 
 def _model() -> nn.Module:

@@ -10,8 +10,8 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from core.ensemble import mean_logits, select_members, select_over_seeds
-from core.probe import METRICS
+from core.models.ensemble import mean_logits, select_members, select_over_seeds
+from core.probing.probe import METRICS
 
 N, C = 40, 6
 TOP3 = METRICS["top3_accuracy"]

@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
 from core import metrics
-from core.evaluation import (
+from core.models.evaluation import (
     MIN_SCALE,
     best_thresholds,
     evaluate,

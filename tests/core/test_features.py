@@ -1,7 +1,7 @@
 """Features are computed once: the key covers what changes them, and what is there is not redone.
 
-Also decoded pictures (`core.pixels`), which features are computed from. N pictures, D features,
-P places.
+Also decoded pictures (`core.images.pixels`), which features are computed from. N pictures, D
+features, P places.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from core import pixels, shards
-from core.backbones import Backbone
-from core.encoders import Encoder, build_encoder
-from core.errors import InputError
-from core.features import (
+from core.encoding import shards
+from core.encoding.backbones import Backbone
+from core.encoding.encoders import Encoder, build_encoder
+from core.encoding.features import (
     MAP,
     FeatureSpec,
     compute_features,
@@ -30,10 +29,12 @@ from core.features import (
     feature_shape,
     feature_store,
 )
-from core.pictures import decode_square, open_picture
-from core.pixels import PixelSpec, PixelStore
+from core.encoding.shards import ShardedMatrix
+from core.errors import InputError
+from core.images import pixels
+from core.images.pictures import decode_square, open_picture
+from core.images.pixels import PixelSpec, PixelStore
 from core.precision import BFLOAT16, FLOAT32
-from core.shards import ShardedMatrix
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from core import download as download_module
-from core import fetch
-from core.download import download
+from core.data import download as download_module
+from core.data import fetch
+from core.data.download import download
+from core.data.fetch import PUBLIC_COUNTS, PosterCounts, check_posters, fetch_posters
 from core.errors import InputError
-from core.fetch import PUBLIC_COUNTS, PosterCounts, check_posters, fetch_posters
 
 COUNTS = PosterCounts(num_rows=4, num_classes=2, num_images=5)
 

@@ -14,17 +14,17 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
-from core.classifier import PictureClassifier
 from core.config import TrialConfig
-from core.encoders import Encoder, build_encoder
+from core.encoding.encoders import Encoder, build_encoder
+from core.encoding.inputs import feature_statistics
+from core.encoding.pooling import num_head_features
 from core.errors import InputError
-from core.finetune import finetune
+from core.finetuning.finetune import finetune
 from core.heads import build_head
-from core.inputs import feature_statistics
 from core.metrics import topk_recall
-from core.pooling import num_head_features
+from core.models.classifier import PictureClassifier
+from core.probing.stack import head_settings
 from core.report import Metrics, Outcome, Status
-from core.stack import head_settings
 
 from .tiny_finetuning import SIZE, TRAIN, VALIDATION, C
 from .tiny_finetuning import config as _config

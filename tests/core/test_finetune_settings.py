@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from core.augment import Augmentation, mix, picture_seeds
-from core.backbones import Backbone
-from core.encoders import Encoder, build_encoder
+from core.encoding.backbones import Backbone
+from core.encoding.encoders import Encoder, build_encoder
 from core.errors import InputError
+from core.finetuning.out_of_memory import is_out_of_memory
 from core.heads import build_head
+from core.images.augment import Augmentation, mix, picture_seeds
 from core.metrics import topk_recall
-from core.out_of_memory import is_out_of_memory
 from core.precision import BFLOAT16
+from core.probing.stack import head_settings
 from core.report import Status
-from core.stack import head_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -198,7 +198,7 @@ def test_drop_path_acts_in_trained_stages_and_needs_blocks(tiny: ModuleType) -> 
     pictures, targets_NC = tiny.data()
 
     def run(**changes: Any) -> Any:
-        from core.finetune import finetune
+        from core.finetuning.finetune import finetune
 
         encoder = build_encoder("efficientnet_b0", weights="none", input_size=32)
         trial = tiny.config(backbone="efficientnet_b0", epochs=1, unfrozen_stages=3, **changes)
@@ -285,7 +285,7 @@ class _Greedy(nn.Module):
 
 @pytest.mark.parametrize("calls", [1, 3, 5], ids=["scaling", "training", "validation"])
 def test_a_run_without_memory_is_infeasible(tiny: ModuleType, calls: int) -> None:
-    from core.finetune import finetune
+    from core.finetuning.finetune import finetune
 
     pictures, targets_NC = tiny.data()
     encoder = Encoder(Backbone(name="tiny", input_size=tiny.SIZE), _Greedy(calls))

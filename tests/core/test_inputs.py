@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.preprocessing import StandardScaler
 
-from core.inputs import HeadInputs, feature_statistics
+from core.encoding.inputs import HeadInputs, feature_statistics
 
 N, D, P = 1100, 7, 4  # more rows than a block of the statistics
 TRAIN = np.random.default_rng(1).permutation(N)[:700].astype(np.int64)

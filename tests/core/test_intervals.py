@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from core.intervals import bootstrap_interval, paired_bootstrap
+from core.models.intervals import bootstrap_interval, paired_bootstrap
 
 
 def draw(seed: int, num_images: int = 300, share: float = 0.5) -> tuple[np.ndarray, np.ndarray]:

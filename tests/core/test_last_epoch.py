@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.backbones import Backbone
-from core.checkpoint import Checkpoints
 from core.config import TrialConfig
-from core.encoders import Encoder
-from core.finetune import finetune
+from core.encoding.backbones import Backbone
+from core.encoding.encoders import Encoder
+from core.finetuning.checkpoint import Checkpoints
+from core.finetuning.finetune import finetune
 from core.heads import build_head
-from core.probe import train_probes
+from core.probing.probe import train_probes
 from core.report import Metrics, Outcome, Status
 from core.schedules import rate_factors
 

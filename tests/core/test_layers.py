@@ -144,13 +144,13 @@ def test_core_imports_itself_relatively_and_stays_inside(path: Path) -> None:
 @pytest.mark.parametrize("path", TUNER_FILES, ids=module_of)
 def test_tuner_imports_neither_deploy_nor_tests(path: Path) -> None:
     assert not roots_of(path) & {"deploy", "tests"}
-    assert all(level <= 1 for level, _ in imports_of(path.read_text()))
+    assert all(level <= 2 for level, _ in imports_of(path.read_text()))
 
 
 def test_the_script_inside_saved_models_stands_alone() -> None:
-    source = (ROOT / "tuner" / "serving_model.py").read_text()
+    source = (ROOT / "tuner" / "tracking" / "serving_model.py").read_text()
     assert not [name for level, name in imports_of(source) if level or name in PROJECT]
-    assert not roots_of(ROOT / "tuner" / "serving_model.py") & PROJECT
+    assert not roots_of(ROOT / "tuner" / "tracking" / "serving_model.py") & PROJECT
 
 
 def test_deploy_imports_nothing_of_the_project() -> None:
@@ -161,12 +161,11 @@ def test_deploy_imports_nothing_of_the_project() -> None:
 def test_no_library_module_imports_an_entry_point() -> None:
     entry_points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     modules = {target.split(":")[0].removeprefix("tuner.") for target in entry_points.values()}
-    assert modules == {"cli"}
+    assert modules == {"cli.main"}
     for path in CORE_FILES + TUNER_FILES:
-        # The command line may be several files: cli.py and cli_*.py.
-        if not path.stem.startswith("cli") and path.stem != "__main__":
-            names = {name.removeprefix("tuner.") for _, name in imports_of(path.read_text())}
-            assert not names & modules, f"{path.name} imports the command line"
+        if path.parent.name != "cli" and path.stem != "__main__":
+            names = {absolute(path, *imported) for imported in imports_of(path.read_text())}
+            assert not any(n.startswith("tuner.cli") for n in names), f"{path.name} imports it"
 
 
 @pytest.mark.parametrize("package", ["core", "tuner"])
@@ -229,9 +228,11 @@ def test_folders_are_at_most_two_deep() -> None:
     assert not [str(folder) for folder in folders if len(folder.parts) > 2]
 
 
-@pytest.mark.parametrize("package", ["core", "tuner"])
-def test_init_holds_only_a_docstring_re_exports_and_all(package: str) -> None:
-    body = ast.parse((ROOT / package / "__init__.py").read_text()).body
+@pytest.mark.parametrize(
+    "path", [p for p in CORE_FILES + TUNER_FILES if p.stem == "__init__"], ids=module_of
+)
+def test_init_holds_only_a_docstring_re_exports_and_all(path: Path) -> None:
+    body = ast.parse(path.read_text()).body
     assert [ast.unparse(node) for node in body if not _belongs_in_init(node)] == []
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from core.memory import MemoryModel, available_memory, largest_batch, measure_memory
+from core.finetuning.memory import MemoryModel, available_memory, largest_batch, measure_memory
 
 # Measured on four networks: 0.81 (a first step has no slots yet when it goes back) to 1.14 (scratch
 # of kernels and code that is loaded meanwhile). The rest is for other machines' libraries.
@@ -21,7 +21,7 @@ STEP = """
 import sys
 import torch
 from torchvision import models
-from core.memory import measure_memory
+from core.finetuning.memory import measure_memory
 
 torch.set_num_threads(1)
 

@@ -15,17 +15,17 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from core.config import TrialConfig
-from core.encoders import Encoder, build_encoder
+from core.encoding.encoders import Encoder, build_encoder
+from core.encoding.features import encode
+from core.encoding.inputs import HeadInputs
+from core.encoding.pooling import POOLINGS, num_head_features
 from core.errors import InputError
-from core.features import encode
 from core.heads import build_head
-from core.inputs import HeadInputs
-from core.manifest import read_manifest
-from core.model import load_model, save_ensemble, save_model
-from core.pictures import decode_square, open_picture
-from core.pooling import POOLINGS, num_head_features
-from core.probe import train_probes
-from core.served import Member
+from core.images.pictures import decode_square, open_picture
+from core.models.manifest import read_manifest
+from core.models.model import load_model, save_ensemble, save_model
+from core.models.served import Member
+from core.probing.probe import train_probes
 
 CLASSES = ("Action", "N/A", "Sci-Fi")
 SIZE = 48

@@ -7,8 +7,8 @@ import torch
 import torchvision
 from torch import nn
 
+from core.finetuning.param_groups import build_optimizer, parameter_groups
 from core.optimizers import OPTIMIZERS
-from core.param_groups import build_optimizer, parameter_groups
 
 
 def _stages() -> list[nn.Module]:

@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 
 from core.errors import InputError
-from core.pictures import FORMATS, check_pictures, decode_square, open_picture
+from core.images.pictures import FORMATS, check_pictures, decode_square, open_picture
 
 
 def _bytes(image: Image.Image, kind: str, **options: object) -> bytes:

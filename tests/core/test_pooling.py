@@ -12,12 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.backbones import Backbone
-from core.encoders import Encoder, build_encoder
+from core.encoding.backbones import Backbone
+from core.encoding.encoders import Encoder, build_encoder
+from core.encoding.features import describe_features, encode, feature_shape
+from core.encoding.pooling import (
+    POOLINGS,
+    num_head_features,
+    num_pooled_features,
+    pool,
+    pooled_features,
+)
+from core.encoding.stages import as_map, has_channels_last
 from core.errors import InputError
-from core.features import describe_features, encode, feature_shape
-from core.pooling import POOLINGS, num_head_features, num_pooled_features, pool, pooled_features
-from core.stages import as_map, has_channels_last
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

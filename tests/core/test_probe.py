@@ -15,13 +15,13 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from core import probe
+from core.encoding.inputs import feature_statistics
 from core.heads import build_head
-from core.inputs import feature_statistics
 from core.metrics import topk_recall
-from core.probe import METRICS, train_probes
+from core.probing import probe
+from core.probing.probe import METRICS, train_probes
+from core.probing.stack import head_settings
 from core.report import Metrics, Status
-from core.stack import head_settings
 
 from .small_probes import (
     FEW,

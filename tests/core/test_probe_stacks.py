@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from core import probe
 from core.config import TrialConfig
+from core.encoding.inputs import feature_statistics
 from core.heads import build_head
-from core.inputs import feature_statistics
-from core.probe import train_probes
-from core.stack import HeadStack, head_settings
-from core.views import VIEWS
+from core.images.views import VIEWS
+from core.probing import probe
+from core.probing.probe import train_probes
+from core.probing.stack import HeadStack, head_settings
 
 from .small_probes import (
     FEW,

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from core import probe
 from core.config import TrialConfig
 from core.precision import BFLOAT16
-from core.probe import train_probes
+from core.probing import probe
+from core.probing.probe import train_probes
 from core.report import Outcome, Status
 
 N, D, C = 240, 16, 6

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from core.ranks import ALONE
+from core.finetuning.ranks import ALONE
 
 Results = dict[int, list[dict[str, Any]]]
 

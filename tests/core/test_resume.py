@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from core.checkpoint import LAST, PREVIOUS, Checkpoints
 from core.errors import InputError
+from core.finetuning.checkpoint import LAST, PREVIOUS, Checkpoints
 from core.report import Metrics, Status
 
 pytestmark = pytest.mark.usefixtures("one_thread")

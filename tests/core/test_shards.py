@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 import core
-from core import shards
+from core.encoding import shards
+from core.encoding.shards import SHARD_ROWS, ShardedMatrix, content_key, write_json
 from core.errors import InputError
-from core.shards import SHARD_ROWS, ShardedMatrix, content_key, write_json
 
 ROWS, WIDTH = 2 * SHARD_ROWS + 9, 5
 SPEC = {"backbone": "ffn", "pooling": "avg"}
@@ -31,7 +31,7 @@ import os, signal, sys, time
 from pathlib import Path
 import numpy as np
 from core import shards
-from core.shards import ShardedMatrix
+from core.encoding.shards import ShardedMatrix
 
 def make(folder, num_rows={ROWS}):
     return ShardedMatrix(

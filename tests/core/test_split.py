@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from core.data.split import Split, make_split
+from core.data.stratify import stratify
+from core.data.table import Table, read_table
 from core.errors import InputError
-from core.split import Split, make_split
-from core.stratify import stratify
-from core.table import Table, read_table
 
 PARTS = ("train", "validation", "test")
 

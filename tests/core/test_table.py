@@ -13,10 +13,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from core.data.table import Table, read_table
+from core.data.table_report import describe
 from core.errors import InputError
-from core.pictures import check_pictures
-from core.table import Table, read_table
-from core.table_report import describe
+from core.images.pictures import check_pictures
 
 POSTER_GENRES = (
     "Action",

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 from torchvision.ops import StochasticDepth
 
-from core.unfreezing import num_unfrozen, set_training
+from core.finetuning.unfreezing import num_unfrozen, set_training
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from core.inputs import HeadInputs, feature_statistics
-from core.views import BY_NAME, PLAIN, VIEWS, View, see
+from core.encoding.inputs import HeadInputs, feature_statistics
+from core.images.views import BY_NAME, PLAIN, VIEWS, View, see
 
 N, SIZE = 3, 32
 

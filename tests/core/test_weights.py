@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchvision import models
 
-from core import weights as weights_module
-from core.encoders import Encoder, build_encoder, load_encoder, weights_fingerprint
+from core.encoding import weights as weights_module
+from core.encoding.encoders import Encoder, build_encoder, load_encoder, weights_fingerprint
+from core.encoding.networks import build_torchvision
 from core.errors import InputError
-from core.networks import build_torchvision
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -232,7 +232,8 @@ def test_the_fingerprint_is_of_the_weights_only() -> None:
 
 
 def test_finding_the_seeds_backbones_imports_no_framework() -> None:
-    code = "import sys; from core.backbones import find_backbone; find_backbone('resnet50'); "
+    code = "import sys; from core.encoding.backbones import find_backbone; "
+    code += "find_backbone('resnet50'); "
     code += "assert not {'torch', 'torchvision', 'timm'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from core.backbones import Backbone
-from core.checkpoint import Checkpoints
 from core.config import TrialConfig
-from core.encoders import Encoder
-from core.finetune import finetune
-from core.ranks import ALONE, Ranks, joined_ranks
+from core.encoding.backbones import Backbone
+from core.encoding.encoders import Encoder
+from core.finetuning.checkpoint import Checkpoints
+from core.finetuning.finetune import finetune
+from core.finetuning.ranks import ALONE, Ranks, joined_ranks
 from core.report import Metrics, Outcome
 
 N, SIZE, C = 48, 24, 4

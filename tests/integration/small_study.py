@@ -15,8 +15,8 @@ from mlflow import MlflowClient
 
 from core.synth import draw_posters
 from tuner.home import Home
-from tuner.outcomes import OutcomeLog
-from tuner.study import open_study
+from tuner.studies.outcomes import OutcomeLog
+from tuner.studies.study import open_study
 
 NUM_TRIALS = 24
 PROBES = f"""
@@ -55,7 +55,7 @@ parameters:
 RUN = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from tuner.cli import main
+from tuner.cli.main import main
 main()
 """
 

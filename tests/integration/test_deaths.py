@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tuner.outcomes import OutcomeLog
+from tuner.studies.outcomes import OutcomeLog
 
 from .small_study import FINETUNES, NUM_TRIALS, Workplace, family, left_of, wait_for
 

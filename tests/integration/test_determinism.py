@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tuner.outcomes import OutcomeLog
+from tuner.studies.outcomes import OutcomeLog
 
 from .small_study import PROBES, Workplace
 

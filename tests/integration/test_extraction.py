@@ -19,17 +19,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from core.data.split import make_split
+from core.data.table import Table, read_table
+from core.encoding.features import PIXELS
+from core.encoding.shards import SHARD_ROWS, remove
 from core.errors import InputError
-from core.features import PIXELS
 from core.precision import FLOAT32
-from core.shards import SHARD_ROWS, remove
-from core.split import make_split
 from core.synth import draw_posters
-from core.table import Table, read_table
-from tuner.channel import start_channel
-from tuner.context import Context, FeatureRequest
-from tuner.extraction import ExtractionProgress, Watch, extract
-from tuner.feature_work import do_work, plan_work
+from tuner.features.extraction import ExtractionProgress, Watch, extract
+from tuner.features.feature_work import do_work, plan_work
+from tuner.trials.channel import start_channel
+from tuner.trials.context import Context, FeatureRequest
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 

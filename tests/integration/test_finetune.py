@@ -21,21 +21,21 @@ import ray
 from mlflow import MlflowClient
 from rich.console import Console
 
-from core.split import make_split
+from core.data.split import make_split
+from core.data.table import read_table
 from core.synth import draw_posters
-from core.table import read_table
-from tuner.cluster import Share, Workers, cluster
-from tuner.context import Context, build_backbone
-from tuner.feature_work import ensure_features
+from tuner.features.feature_work import ensure_features
 from tuner.home import Home, open_home
-from tuner.live import StudyView
-from tuner.outcomes import EndedTrial, OutcomeLog
-from tuner.plan import make_plan
-from tuner.space_file import parse_space
-from tuner.study import StudyRecord, create_study
-from tuner.telling import FITS
-from tuner.tracking import Tracker
-from tuner.trials import run_trials
+from tuner.spaces.file import parse_space
+from tuner.studies.outcomes import EndedTrial, OutcomeLog
+from tuner.studies.plan import make_plan
+from tuner.studies.study import StudyRecord, create_study
+from tuner.tracking.tracker import Tracker
+from tuner.trials.cluster import Share, Workers, cluster
+from tuner.trials.context import Context, build_backbone
+from tuner.trials.on_tune import run_trials
+from tuner.trials.telling import FITS
+from tuner.views.live import StudyView
 
 pytestmark = [
     pytest.mark.ray,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tuner.outcomes import OutcomeLog
+from tuner.studies.outcomes import OutcomeLog
 
 from ..disks import small_disk
 from .small_study import FINETUNES, PROBES, Workplace

@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 from core.synth import draw_posters
 from tests.s3_server import s3_server
 from tests.servers import free_port
-from tuner.outcomes import OutcomeLog
+from tuner.studies.outcomes import OutcomeLog
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -42,10 +42,10 @@ parameters:
 # With less patience at the end than a person gets; BEFORE is what else a test changes.
 RUN = """
 import sys
-import tuner.tracking
-tuner.tracking.END_SECONDS = 6
+import tuner.tracking.tracker
+tuner.tracking.tracker.END_SECONDS = 6
 {before}
-from tuner.cli import main
+from tuner.cli.main import main
 main()
 """
 
@@ -183,7 +183,7 @@ def mlflow(tmp_path: Path) -> Iterator[Mlflow]:
 def test_mlflow_is_killed_for_30_s_in_mid_study(place: Place, mlflow: Mlflow) -> None:
     arguments = place.search("--tracking-uri", mlflow.address, epochs=150)
     # The end of a study may come while the server is away: it is waited for, then.
-    with place.start(*arguments, before="tuner.tracking.END_SECONDS = 120") as process:
+    with place.start(*arguments, before="tuner.tracking.tracker.END_SECONDS = 120") as process:
         before = place.wait_for_ends(4, process)
         mlflow.kill()
         time.sleep(30)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from core.model import load_model
+from core.models.model import load_model
 from core.synth import draw_posters
-from tuner.outcomes import OutcomeLog
-from tuner.study import open_study, trial_records
+from tuner.studies.outcomes import OutcomeLog
+from tuner.studies.study import open_study, trial_records
 
 from .small_study import Workplace
 

@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 
 from core.synth import draw_posters
 from tuner.home import Home
-from tuner.study import open_study
+from tuner.studies.study import open_study
 
 pytestmark = [
     pytest.mark.ray,

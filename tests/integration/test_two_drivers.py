@@ -20,8 +20,8 @@ import pytest
 from mlflow import MlflowClient
 
 from core.synth import draw_posters
-from tuner.drivers import OWNER, PREFIX
-from tuner.turns import BUDGET
+from tuner.drivers.presence import OWNER, PREFIX
+from tuner.drivers.turns import BUDGET
 
 from ..servers import mlflow_server, postgres_server
 
@@ -210,7 +210,7 @@ def frozen(process: subprocess.Popen[str]) -> Iterator[None]:
 def owners(storage: str | None, machine: Machine, study: str) -> dict[int, str]:
     """The driver of each trial, by number."""
     from tuner.home import Home
-    from tuner.study import open_study
+    from tuner.studies.study import open_study
 
     state = open_study(Home(root=machine.home), study).optuna()
     trials = state.get_trials(deepcopy=False)

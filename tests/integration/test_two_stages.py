@@ -20,8 +20,8 @@ from safetensors import safe_open
 
 from core.synth import draw_posters
 from tuner.home import Home
-from tuner.seeds import choose_seeds
-from tuner.study import TrialRecord, open_study
+from tuner.studies.seeds import choose_seeds
+from tuner.studies.study import TrialRecord, open_study
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -67,7 +67,7 @@ finetune:
 RUN = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from tuner.cli import main
+from tuner.cli.main import main
 main()
 """
 

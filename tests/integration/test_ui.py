@@ -17,8 +17,8 @@ import pytest
 
 from core.report import Outcome, Status
 from tuner.home import Home, open_home
-from tuner.study import StudyRecord, create_study
-from tuner.tracking import Tracker
+from tuner.studies.study import StudyRecord, create_study
+from tuner.tracking.tracker import Tracker
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from tuner.calibration import read_calibration
-from tuner.device_time import BUSY, WALL, busy_seconds, used_by
-from tuner.quote_view import FILE
-from tuner.study import open_study
-from tuner.warm_start import FILE as WARM_FILE
+from tuner.budgets.calibration import read_calibration
+from tuner.budgets.device_time import BUSY, WALL, busy_seconds, used_by
+from tuner.budgets.quote_view import FILE
+from tuner.studies.study import open_study
+from tuner.studies.warm_start import FILE as WARM_FILE
 
 from .small_study import PROBES, Workplace
 

@@ -74,7 +74,7 @@ def tuner(
 ) -> Command:
     """Runs `tuner ARGS` through its entry point. A Ray must not start: that is a failure here."""
     import tuner.search
-    from tuner.cli import main
+    from tuner.cli.main import main
 
     @contextlib.contextmanager
     def no_cluster(address: str) -> Iterator[NoReturn]:

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from core.encoders import build_encoder
+from core.encoding.encoders import build_encoder
 from core.errors import InputError
 from core.heads import build_head
-from core.model import load_model, save_model
+from core.models.model import load_model, save_model
 from tests.s3_server import S3Server, s3_server
-from tuner.artifacts import artifact_url, check_artifacts
-from tuner.mlflow_store import artifact_location
-from tuner.packaging import log_model
+from tuner.finalists.winner import example_picture
 from tuner.predict import load_predictor
-from tuner.tracking import Tracker
-from tuner.winner import example_picture
+from tuner.tracking.artifacts import artifact_url, check_artifacts
+from tuner.tracking.mlflow_store import artifact_location
+from tuner.tracking.packaging import log_model
+from tuner.tracking.tracker import Tracker
 
 Run = Callable[..., Any]
 

@@ -12,8 +12,8 @@ from optuna.distributions import FloatDistribution
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from tuner import bounded
-from tuner.bounded import NUM_BEST, BoundedSampler, selection
+from tuner.sampling import bounded
+from tuner.sampling.bounded import NUM_BEST, BoundedSampler, selection
 
 ROUND = 16
 

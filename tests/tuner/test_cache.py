@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 import core
+from core.encoding.shards import SHARD_ROWS, ShardedMatrix, hold, remove
 from core.errors import InputError
-from core.shards import SHARD_ROWS, ShardedMatrix, hold, remove
-from tuner.cache import check_room, holding, list_stores, make_room, prune
-from tuner.context import FeatureRequest
+from tuner.features.cache import check_room, holding, list_stores, make_room, prune
 from tuner.home import open_home
+from tuner.trials.context import FeatureRequest
 
 from .conftest import Command
 
@@ -31,7 +31,7 @@ REPOSITORY = Path(core.__file__).parents[1]
 # Holds a store as a study does, says so, and waits to be killed.
 HOLDER = """
 import sys, time
-from tuner.cache import holding
+from tuner.features.cache import holding
 with holding([sys.argv[1]]):
     print("held", flush=True)
     time.sleep(60)

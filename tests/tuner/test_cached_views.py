@@ -13,23 +13,29 @@ import numpy as np
 import pytest
 import torch
 
-from core import features as core_features
-from core import pixels as core_pixels
 from core.config import TrialConfig
-from core.encoders import Encoder, build_encoder
+from core.data.split import Split, make_split
+from core.data.table import Table, read_table
+from core.encoding import features as core_features
+from core.encoding.encoders import Encoder, build_encoder
+from core.encoding.features import encode
 from core.errors import InputError
-from core.features import encode
-from core.model import load_model
-from core.pictures import decode_square, open_picture
+from core.images import pixels as core_pixels
+from core.images.pictures import decode_square, open_picture
+from core.images.views import BY_NAME, VIEWS, see
+from core.models.model import load_model
 from core.precision import FLOAT32
-from core.probe import train_probes
+from core.probing.probe import train_probes
 from core.report import Status, keep_going
-from core.split import Split, make_split
 from core.synth import draw_posters
-from core.table import Table, read_table
-from core.views import BY_NAME, VIEWS, see
-from tuner.cohort import train_cohort
-from tuner.context import (
+from tuner.features.feature_work import ensure_features
+from tuner.finalists.crown import FinalistOptions, crown
+from tuner.finalists.repeats import MAILBOX, Candidate
+from tuner.finalists.winner import best_candidates
+from tuner.spaces.file import parse_space
+from tuner.studies.plan import feature_requests
+from tuner.trials.cohort import train_cohort
+from tuner.trials.context import (
     Context,
     FeatureRequest,
     build_backbone,
@@ -37,12 +43,6 @@ from tuner.context import (
     view_folders,
     view_requests,
 )
-from tuner.feature_work import ensure_features
-from tuner.finalists import FinalistOptions, crown
-from tuner.plan import feature_requests
-from tuner.repeats import MAILBOX, Candidate
-from tuner.space_file import parse_space
-from tuner.winner import best_candidates
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -235,7 +235,7 @@ def test_the_winner_is_served_as_it_was_trained(
 
 
 def test_a_winning_trial_knows_its_views(features: dict[FeatureRequest, str]) -> None:
-    from tuner.study import TrialRecord
+    from tuner.studies.study import TrialRecord
 
     (field_names,) = {tuple(f.name for f in dataclasses.fields(TrialRecord))}
     assert {"number", "status", "value", "settings"} <= set(field_names)

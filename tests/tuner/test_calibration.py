@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from core.errors import InputError
-from tuner.calibration import (
+from tuner.budgets.calibration import (
     FEW_FACTOR,
     FILE,
     KEPT,

@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tuner.space import shipped_spaces
+from tuner.spaces.space import shipped_spaces
 
 Run = Callable[..., Any]
 HEAVY = {"torch", "torchvision", "ray", "mlflow", "optuna", "pandas", "numpy", "PIL", "rich"}
-RUN = "import sys; sys.argv[0] = 'tuner'; from tuner.cli import main; main()"
+RUN = "import sys; sys.argv[0] = 'tuner'; from tuner.cli.main import main; main()"
 
 
 # ---- starting -------------------------------------------------------------------------------
@@ -32,7 +32,7 @@ RUN = "import sys; sys.argv[0] = 'tuner'; from tuner.cli import main; main()"
 def test_help_loads_nothing_heavy(flags: list[str]) -> None:
     code = (
         "import sys; sys.argv[0] = 'tuner'\n"
-        "from tuner.cli import main\n"
+        "from tuner.cli.main import main\n"
         "main()\n"
         f"print(*({HEAVY!r} & set(sys.modules)), file=sys.stderr, end='')"
     )
@@ -191,8 +191,8 @@ def a_study(home: Path, data: Path, name: str) -> Path:
 
     from tuner.home import open_home
     from tuner.preparation import SearchRequest, prepare
-    from tuner.space import load_space
-    from tuner.study import create_study
+    from tuner.spaces.space import load_space
+    from tuner.studies.study import create_study
 
     request = SearchRequest(
         space=load_space(data.parent / "tiny.yaml"), data={"data": data}, study=name,
@@ -223,9 +223,9 @@ def test_a_study_has_one_session_at_a_time(
     tuner: Run, home: Path, data: Path, space: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The claim is another process' (here: another file description), and ends with it."""
-    from tuner.drivers import driving
+    from tuner.drivers.presence import driving
     from tuner.home import open_home
-    from tuner.study import open_study
+    from tuner.studies.study import open_study
 
     a_study(home, data, "mine")
     study = open_study(open_home(home), "mine")

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from core.errors import InputError
-from tuner.cluster import ONE_WORKER, Machine, Share, Workers, check_share
+from tuner.trials.cluster import ONE_WORKER, Machine, Share, Workers, check_share
 
 
 def _workers(*machines: tuple[float, float]) -> Workers:

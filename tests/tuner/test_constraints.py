@@ -18,16 +18,16 @@ from core.config import TrialConfig
 from core.errors import InputError
 from core.metrics import worst_class_recall
 from core.report import Outcome, Status
-from tuner.constraints import RECALL, judged, violations, why_not
-from tuner.costs import Shape, shape_of
-from tuner.judge import Judge, affordable
-from tuner.plan import make_plan
-from tuner.sampling import build_sampler
-from tuner.space import SearchSpace, load_space
-from tuner.space_file import parse_space
-from tuner.study import trial_records
-from tuner.telling import tell
-from tuner.winner import best_candidates
+from tuner.finalists.winner import best_candidates
+from tuner.goals.constraints import RECALL, judged, violations, why_not
+from tuner.goals.costs import Shape, shape_of
+from tuner.goals.judge import Judge, affordable
+from tuner.sampling.registry import build_sampler
+from tuner.spaces.file import parse_space
+from tuner.spaces.space import SearchSpace, load_space
+from tuner.studies.plan import make_plan
+from tuner.studies.study import trial_records
+from tuner.trials.telling import tell
 
 
 def _space(**changes: Any) -> SearchSpace:

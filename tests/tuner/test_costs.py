@@ -12,18 +12,18 @@ import optuna
 import pytest
 
 from core.config import TrialConfig
-from core.encoders import build_encoder
+from core.data.split import make_split
+from core.data.table import read_table
+from core.encoding.encoders import build_encoder
 from core.heads import build_head
-from core.model import save_model
+from core.models.model import save_model
 from core.precision import FLOAT32
-from core.split import make_split
 from core.synth import draw_posters
-from core.table import read_table
-from tuner import costs
-from tuner.cluster import Workers
-from tuner.context import Context
-from tuner.costs import COSTS, Shape, measure, measured_costs, read_costs, shape_of, shapes_of
-from tuner.space_file import parse_space
+from tuner.goals import costs
+from tuner.goals.costs import COSTS, Shape, measure, measured_costs, read_costs, shape_of, shapes_of
+from tuner.spaces.file import parse_space
+from tuner.trials.cluster import Workers
+from tuner.trials.context import Context
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,7 +73,7 @@ def test_size_is_that_of_the_saved_model_and_latency_grows_with_the_picture(
 def _saved_megabytes(context: Context, config: TrialConfig, folder: Path) -> float:
     import torch
 
-    from core.pooling import num_pooled_features
+    from core.encoding.pooling import num_pooled_features
 
     encoder = build_encoder(config.backbone, weights="none", input_size=config.image_size)
     pools = {"pooling": config.pooling, "blocks": config.blocks}

@@ -11,11 +11,11 @@ import pytest
 
 from core.errors import InputError
 from tuner.addresses import check_tracking, first_line, read_database, without_password
-from tuner.credentials import FILE, full_address, keep_credentials, without_credentials
 from tuner.home import Home
-from tuner.parts import begin_finetune_study, finetune_study
-from tuner.space import load_space
-from tuner.study import Study, StudyRecord, create_study, open_study
+from tuner.spaces.space import load_space
+from tuner.studies.credentials import FILE, full_address, keep_credentials, without_credentials
+from tuner.studies.parts import begin_finetune_study, finetune_study
+from tuner.studies.study import Study, StudyRecord, create_study, open_study
 
 SECRET = "s3cr%40t/word"
 STORAGE = f"postgresql+psycopg2://me:{SECRET}@db.example:5432/optuna?sslmode=require"
@@ -112,7 +112,7 @@ def test_the_second_part_knows_it_too(tmp_path: Path, monkeypatch: pytest.Monkey
         opened.append(url)
         return object()
 
-    monkeypatch.setattr("tuner.study.open_storage", open_storage)
+    monkeypatch.setattr("tuner.studies.study.open_storage", open_storage)
     home = Home(root=tmp_path)
     probes = create_study(home, _record("mine"))
     probes.split_path.write_text("{}")

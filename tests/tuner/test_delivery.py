@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-import tuner.delivery
-from tuner.delivery import Away, Delivery
+import tuner.tracking.delivery
+from tuner.tracking.delivery import Away, Delivery
 
 
 class Server:
@@ -41,8 +41,8 @@ def server() -> Server:
 
 @pytest.fixture
 def delivery(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Delivery]:
-    monkeypatch.setattr(tuner.delivery, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(tuner.delivery, "LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(tuner.tracking.delivery, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(tuner.tracking.delivery, "LONGEST_PAUSE", 0.05)
     delivery = Delivery(lambda error: isinstance(error, OSError), server.changes.append)
     yield delivery
     delivery.give_up()

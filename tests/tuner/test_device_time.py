@@ -9,8 +9,7 @@ import optuna
 import pytest
 from ray.tune.search import Searcher
 
-from tuner.cluster import Machine, Workers
-from tuner.device_time import (
+from tuner.budgets.device_time import (
     FEATURES,
     FINALISTS,
     PREFIX,
@@ -21,9 +20,10 @@ from tuner.device_time import (
     hours_text,
     metered,
 )
-from tuner.outcomes import OutcomeLog
-from tuner.searcher import Budget, CohortSearcher
-from tuner.space_file import parse_space
+from tuner.spaces.file import parse_space
+from tuner.studies.outcomes import OutcomeLog
+from tuner.trials.cluster import Machine, Workers
+from tuner.trials.searcher import Budget, CohortSearcher
 
 MACHINE = Machine(cpus=8.0, gpus=0.0)
 

@@ -14,12 +14,12 @@ from types import SimpleNamespace
 import optuna
 import pytest
 
-import tuner.drivers
+import tuner.drivers.presence
 from core.errors import InputError
-from tuner.driver_lock import DriverLock, FileLock, PostgresLock, check_shared, driver_lock
-from tuner.drivers import FOLDER, PREFIX, Driver, driving
-from tuner.storage import open_storage
-from tuner.study import Study
+from tuner.drivers.lock import DriverLock, FileLock, PostgresLock, check_shared, driver_lock
+from tuner.drivers.presence import FOLDER, PREFIX, Driver, driving
+from tuner.studies.storage import open_storage
+from tuner.studies.study import Study
 
 from ..servers import Postgres, postgres_server
 
@@ -29,7 +29,7 @@ KINDS = ("journal", "sqlite", "postgresql")
 HOLD = """
 import sys, time
 from pathlib import Path
-from tuner.driver_lock import driver_lock
+from tuner.drivers.lock import driver_lock
 url = sys.argv[1] or None
 with driver_lock(url, Path(sys.argv[2]), sys.argv[3], wait=lambda: None).hold():
     print("held", flush=True)
@@ -167,7 +167,7 @@ def test_a_lock_is_lost_with_its_server_and_had_again(server: Postgres, name: st
 def test_a_frozen_holder_loses_the_lock(
     server: Postgres, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.driver_lock.IDLE_SECONDS", 1)
+    monkeypatch.setattr("tuner.drivers.lock.IDLE_SECONDS", 1)
     first, second = (PostgresLock(server.url, name, wait=lambda: None) for _ in range(2))
     started = time.monotonic()
     with first.hold() as kept, second.hold() as taken:

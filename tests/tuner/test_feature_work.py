@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 import torch
 
-from core import pixels as core_pixels
-from core import shards
-from core.encoders import build_encoder
+from core.data.split import make_split
+from core.data.table import Table, read_table
+from core.encoding import shards
+from core.encoding.encoders import build_encoder
+from core.encoding.features import PIXELS
 from core.errors import InputError
-from core.features import PIXELS
-from core.pictures import decode_square, open_picture
+from core.images import pixels as core_pixels
+from core.images.pictures import decode_square, open_picture
 from core.precision import FLOAT32
-from core.split import make_split
 from core.synth import draw_posters
-from core.table import Table, read_table
-from tuner import feature_work
-from tuner.context import Context, FeatureRequest
-from tuner.feature_work import FeatureWork, do_work, ensure_features, plan_work
+from tuner.features import feature_work
+from tuner.features.feature_work import FeatureWork, do_work, ensure_features, plan_work
+from tuner.trials.context import Context, FeatureRequest
 
 NUM, SHARD = 130, 50  # shards of 50, 50 and 30 rows
 FFN = FeatureRequest(backbone="ffn", image_size=24, pooling="avg")

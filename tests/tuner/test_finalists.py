@@ -17,26 +17,22 @@ import torch
 from sklearn.metrics import f1_score
 
 from core.config import TrialConfig
-from core.encoders import build_encoder
+from core.data.split import make_split
+from core.data.table import read_table
+from core.encoding.encoders import build_encoder
+from core.encoding.inputs import feature_statistics
 from core.errors import InputError
-from core.inputs import feature_statistics
-from core.manifest import read_manifest
 from core.metrics import topk_recall
-from core.model import load_model
+from core.models.manifest import read_manifest
+from core.models.model import load_model
 from core.precision import FLOAT32
-from core.probe import train_probes
+from core.probing.probe import train_probes
 from core.report import Status
-from core.split import make_split
 from core.synth import draw_posters
-from core.table import read_table
-from tuner.cohort import save_state
-from tuner.constraints import RECALL
-from tuner.context import Context, request_of
-from tuner.ensemble import choose_ensemble
-from tuner.feature_work import ensure_features
-from tuner.finalists import FinalistOptions, Winner, crown
-from tuner.finalists_view import finalist_table, model_lines
-from tuner.repeats import (
+from tuner.features.feature_work import ensure_features
+from tuner.finalists.crown import FinalistOptions, Winner, crown
+from tuner.finalists.ensemble import choose_ensemble
+from tuner.finalists.repeats import (
     MAILBOX,
     Candidate,
     Job,
@@ -46,7 +42,11 @@ from tuner.repeats import (
     repeats_of,
     state_path,
 )
-from tuner.winner import winner_metrics, winner_tags
+from tuner.finalists.view import finalist_table, model_lines
+from tuner.finalists.winner import winner_metrics, winner_tags
+from tuner.goals.constraints import RECALL
+from tuner.trials.cohort import save_state
+from tuner.trials.context import Context, request_of
 
 PIXELS = TrialConfig(backbone="ffn", image_size=16, epochs=4, batch_size=32, lr=0.003, seed=11)
 CONVOLUTIONS = TrialConfig(
@@ -407,8 +407,8 @@ def test_an_ensemble_is_refitted_saved_and_served(
     context: Context, candidates: list[Candidate], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever wins here, the library is forced on two members; the rest is as ever."""
-    from tuner import finalists
-    from tuner.ensemble import EnsembleReport, Part
+    from tuner.finalists import crown as finalists
+    from tuner.finalists.ensemble import EnsembleReport, Part
 
     def two(context: Context, ranked: Any, *, num_picks: int, run: Any) -> Any:
         shares = zip(ranked, (0.75, 0.25), strict=True)

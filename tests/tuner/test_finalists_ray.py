@@ -12,21 +12,21 @@ import pytest
 from rich.console import Console
 
 from core.config import TrialConfig
-from core.encoders import build_encoder
-from core.manifest import read_manifest
-from core.model import load_model
+from core.data.split import make_split
+from core.data.table import read_table
+from core.encoding.encoders import build_encoder
+from core.models.manifest import read_manifest
+from core.models.model import load_model
 from core.precision import FLOAT32
-from core.split import make_split
 from core.synth import draw_posters
-from core.table import read_table
-from tuner import finalists
-from tuner.cluster import LOCAL, ONE_WORKER, Share, Workers, cluster
-from tuner.context import Context, request_of
-from tuner.ensemble import EnsembleReport, Part
-from tuner.feature_work import ensure_features
-from tuner.finalists import FinalistOptions, crown
-from tuner.ray_runner import RayRunner
-from tuner.repeats import Candidate, kept_path, repeats_of, state_path
+from tuner.features.feature_work import ensure_features
+from tuner.finalists import crown as finalists
+from tuner.finalists.crown import FinalistOptions, crown
+from tuner.finalists.ensemble import EnsembleReport, Part
+from tuner.finalists.ray_runner import RayRunner
+from tuner.finalists.repeats import Candidate, kept_path, repeats_of, state_path
+from tuner.trials.cluster import LOCAL, ONE_WORKER, Share, Workers, cluster
+from tuner.trials.context import Context, request_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 

@@ -6,11 +6,11 @@ import optuna
 import pytest
 
 from core.report import Outcome, Status
-from tuner.bounded import BoundedSampler
-from tuner.sampling import build_sampler
-from tuner.space_file import parse_space
-from tuner.study import trial_records
-from tuner.telling import FITS, tell
+from tuner.sampling.bounded import BoundedSampler
+from tuner.sampling.registry import build_sampler
+from tuner.spaces.file import parse_space
+from tuner.studies.study import trial_records
+from tuner.trials.telling import FITS, tell
 
 SIZES = [8, 64, 512, 4096]
 NUM_TRIALS = 60

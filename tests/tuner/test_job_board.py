@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from core.report import Outcome, Status
-from tuner import job_board
-from tuner.job_board import RETRIES, JobBoard, Progress
+from tuner.trials import job_board
+from tuner.trials.job_board import RETRIES, JobBoard, Progress
 
 DONE = Outcome(status=Status.COMPLETE, best_value=0.5)
 JOB = {"cohort": "a"}

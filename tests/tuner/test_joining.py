@@ -14,17 +14,17 @@ import optuna
 import pytest
 from rich.console import Console
 
+from core.data.split import Split
+from core.data.table import Table
 from core.errors import InputError
-from core.split import Split
-from core.table import Table
+from tuner.drivers.join_home import JoinFlags, second_part, study_here
+from tuner.drivers.turns import SharedBudget, publish_budget
 from tuner.home import Home
-from tuner.join_home import JoinFlags, second_part, study_here
-from tuner.parts import begin_finetune_study
 from tuner.preparation import SearchRequest, prepare
-from tuner.shared_record import RECORD, SPLIT, publish_study, published_record
-from tuner.space import load_space
-from tuner.study import Study, create_study
-from tuner.turns import SharedBudget, publish_budget
+from tuner.spaces.space import load_space
+from tuner.studies.parts import begin_finetune_study
+from tuner.studies.shared_record import RECORD, SPLIT, publish_study, published_record
+from tuner.studies.study import Study, create_study
 
 TWO_PARTS = """\
 name: both
@@ -181,10 +181,10 @@ def test_another_mlflow_is_refused(
     """Before anything is written to it."""
     import contextlib
 
-    import tuner.joining
+    import tuner.drivers.joining
 
     publish_budget(there.state, SharedBudget(trials=2))
-    monkeypatch.setattr(tuner.joining, "cluster", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(tuner.drivers.joining, "cluster", lambda _: contextlib.nullcontext())
     uri = f"sqlite:///{tmp_path}/other.db"
     says = ("this MLflow has no run of shared", "name the MLflow that the first driver writes to")
     refused("join", "shared", "--storage", there.url, "--tracking-uri", uri, says=says, writes=True)

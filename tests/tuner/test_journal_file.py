@@ -18,9 +18,9 @@ from optuna.storages.journal import JournalFileBackend
 
 from core.errors import InputError
 from core.report import Outcome, Status
-from tuner.appending import append_whole
-from tuner.outcomes import OutcomeLog
-from tuner.storage import JOURNAL, open_storage
+from tuner.studies.appending import append_whole
+from tuner.studies.outcomes import OutcomeLog
+from tuner.studies.storage import JOURNAL, open_storage
 
 from ..disks import small_disk
 
@@ -123,7 +123,7 @@ def test_a_file_of_half_a_line_alone_begins_anew(tmp_path: Path) -> None:
 def test_two_processes_append_to_one_file(tmp_path: Path) -> None:
     path = tmp_path / "lines"
     program = (
-        "import sys; from pathlib import Path; from tuner.appending import append_whole\n"
+        "import sys; from pathlib import Path; from tuner.studies.appending import append_whole\n"
         "for n in range(200):\n"
         "    append_whole(Path(sys.argv[1]), f'[\"{sys.argv[2]}\", {n}]\\n'.encode())"
     )

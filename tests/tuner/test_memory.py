@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-import core.step_memory
+import core.finetuning.step_memory
 from core.config import TrialConfig
+from core.data.split import make_split
+from core.data.table import read_table
 from core.errors import InputError
-from core.memory import MemoryModel
-from core.ranks import ALONE
-from core.split import make_split
+from core.finetuning.memory import MemoryModel
+from core.finetuning.ranks import ALONE
 from core.synth import draw_posters
-from core.table import read_table
-from tuner import memory
-from tuner.context import Context
 from tuner.home import open_home
-from tuner.memory import memory_model, too_big
+from tuner.trials import memory
+from tuner.trials.context import Context
+from tuner.trials.memory import memory_model, too_big
 
 CPU = torch.device("cpu")
 CONFIG = TrialConfig(mode="finetune", backbone="squeezenet1_1", image_size=32, unfrozen_stages=2)
@@ -55,7 +55,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[TrialConfig]:
         asked.append(config)
         return LINE
 
-    monkeypatch.setattr(core.step_memory, "step_memory", step_memory)
+    monkeypatch.setattr(core.finetuning.step_memory, "step_memory", step_memory)
     return asked
 
 
@@ -152,7 +152,7 @@ def test_a_measurement_that_does_not_fit_is_not_kept(
     def step_memory(*_: Any, **__: Any) -> MemoryModel:
         raise error
 
-    monkeypatch.setattr(core.step_memory, "step_memory", step_memory)
+    monkeypatch.setattr(core.finetuning.step_memory, "step_memory", step_memory)
     assert too_big(context, _config(2), device=CPU, ranks=ALONE) is not None
     assert not list(context.cache.glob("memory/*"))
 
@@ -161,15 +161,15 @@ def test_other_errors_come_through(context: Context, monkeypatch: pytest.MonkeyP
     def step_memory(*_: Any, **__: Any) -> MemoryModel:
         raise InputError("cannot be trained")
 
-    monkeypatch.setattr(core.step_memory, "step_memory", step_memory)
+    monkeypatch.setattr(core.finetuning.step_memory, "step_memory", step_memory)
     with pytest.raises(InputError, match="cannot be trained"):
         too_big(context, _config(2), device=CPU, ranks=ALONE)
 
 
 def test_room_is_a_share_of_what_is_free(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    import core.memory
+    import core.finetuning.memory
 
-    monkeypatch.setattr(core.memory, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(core.finetuning.memory, "available_memory", lambda device: 1000)
     free = dataclasses.replace(context, memory_bytes=None)
     assert memory._room(free, CPU) == 1000
     assert memory._room(dataclasses.replace(free, memory_share=0.25), CPU) == 250

@@ -13,14 +13,14 @@ from rich.console import Console
 from core.config import TrialConfig
 from core.errors import InputError
 from core.report import Outcome, Status
-from tuner.context import request_of
-from tuner.live import StudyView
-from tuner.outage import LONGEST_PAUSE, Outage
-from tuner.outcomes import OutcomeLog
-from tuner.searcher import Budget, CohortSearcher
 from tuner.signals import Interrupted, stoppable
-from tuner.space import load_space
-from tuner.trials import own_errors
+from tuner.spaces.space import load_space
+from tuner.studies.outage import LONGEST_PAUSE, Outage
+from tuner.studies.outcomes import OutcomeLog
+from tuner.trials.context import request_of
+from tuner.trials.on_tune import own_errors
+from tuner.trials.searcher import Budget, CohortSearcher
+from tuner.views.live import StudyView
 
 
 class Time:

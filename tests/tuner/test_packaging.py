@@ -23,14 +23,14 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
-from core.encoders import build_encoder
+from core.encoding.encoders import build_encoder
+from core.encoding.pooling import num_pooled_features
 from core.errors import InputError
 from core.heads import build_head
-from core.model import load_model, save_ensemble, save_model
-from core.pooling import num_pooled_features
-from core.served import Member
-from tuner import packaging
-from tuner.packaging import build_model, log_model, pip_requirements, prediction_files
+from core.models.model import load_model, save_ensemble, save_model
+from core.models.served import Member
+from tuner.tracking import packaging
+from tuner.tracking.packaging import build_model, log_model, pip_requirements, prediction_files
 
 CLASSES = ["Action", "N/A", "Sci-Fi"]
 
@@ -359,7 +359,7 @@ def test_two_versions_of_the_code_live_in_one_process(
     built: Path, loaded: Any, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = shutil.copytree(built, tmp_path / "other")
-    source = other / "artifacts" / "code" / "served.py"
+    source = other / "artifacts" / "code" / "models" / "served.py"
     code = source.read_text()
     assert "torch.sigmoid(logits_BC)" in code
     source.write_text(code.replace("torch.sigmoid(logits_BC)", "1 - torch.sigmoid(logits_BC)"))
@@ -427,9 +427,7 @@ def test_build_labels_are_cut_from_versions(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_importing_the_module_stays_cheap() -> None:
-    code = (
-        "import sys, tuner.packaging; print(*(m for m in ('torch', 'mlflow') if m in sys.modules))"
-    )
+    code = "import sys, tuner.tracking.packaging; print(*(m for m in ('torch', 'mlflow') if m in sys.modules))"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )

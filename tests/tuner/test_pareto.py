@@ -18,19 +18,19 @@ from rich.console import Console
 from core.config import TrialConfig
 from core.errors import InputError
 from core.report import Outcome, Status
-from tuner.choice import check_choice, chosen
-from tuner.costs import ATTRIBUTE
-from tuner.finalists import FinalistOptions
+from tuner.finalists.choice import check_choice, chosen
+from tuner.finalists.crown import FinalistOptions
+from tuner.goals.costs import ATTRIBUTE
+from tuner.goals.pareto import front, layers
+from tuner.goals.pareto_view import draw_front, front_table
 from tuner.home import open_home
-from tuner.pareto import front, layers
-from tuner.pareto_pruning import FrontPruner, report, reported, should_stop
-from tuner.pareto_view import draw_front, front_table
-from tuner.sampling import SAMPLERS, build_pruner, build_sampler
-from tuner.space import SearchSpace
-from tuner.space_file import parse_space
-from tuner.study import Study, StudyRecord, TrialRecord, create_study, trial_records
-from tuner.summary import print_trials
-from tuner.telling import tell
+from tuner.sampling.pareto_pruning import FrontPruner, report, reported, should_stop
+from tuner.sampling.registry import SAMPLERS, build_pruner, build_sampler
+from tuner.spaces.file import parse_space
+from tuner.spaces.space import SearchSpace
+from tuner.studies.study import Study, StudyRecord, TrialRecord, create_study, trial_records
+from tuner.trials.telling import tell
+from tuner.views.summary import print_trials
 
 
 def _space(*costs: str, **changes: Any) -> SearchSpace:

@@ -120,11 +120,11 @@ def test_trials_of_both_parts(tuner: Run, home: Path, data: Path, both: Path) ->
     from rich.console import Console
 
     from tuner.home import open_home
-    from tuner.parts import begin_finetune_study
     from tuner.preparation import SearchRequest, prepare
-    from tuner.seeds import Seed
-    from tuner.space import load_space
-    from tuner.study import create_study
+    from tuner.spaces.space import load_space
+    from tuner.studies.parts import begin_finetune_study
+    from tuner.studies.seeds import Seed
+    from tuner.studies.study import create_study
 
     request = SearchRequest(
         space=load_space(both), data={"data": data}, study="mine", weights="none", trials=1,

@@ -16,10 +16,10 @@ from optuna.samplers import RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from core.errors import InputError
-from tuner.per_backbone import PerValueSampler, threshold_ascent, with_expected_gain
-from tuner.sampling import SamplerSpec, build_sampler
-from tuner.space import SearchSpace
-from tuner.space_file import parse_space
+from tuner.sampling.per_backbone import PerValueSampler, threshold_ascent, with_expected_gain
+from tuner.sampling.registry import SamplerSpec, build_sampler
+from tuner.spaces.file import parse_space
+from tuner.spaces.space import SearchSpace
 
 PARAMETERS: dict[str, Any] = {
     "backbone": ["ffn", "resnet18", "resnet50"],

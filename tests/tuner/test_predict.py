@@ -14,12 +14,11 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from core.encoders import build_encoder
+from core.data.table import Table
+from core.encoding.encoders import build_encoder
 from core.errors import InputError
 from core.heads import build_head
-from core.model import load_model, save_model
-from core.table import Table
-from tuner.packaging import ModelVersionInfo, log_model
+from core.models.model import load_model, save_model
 from tuner.predict import (
     Predictor,
     data_record,
@@ -28,6 +27,7 @@ from tuner.predict import (
     predict_files,
     predict_paths,
 )
+from tuner.tracking.packaging import ModelVersionInfo, log_model
 
 CLASSES = ("Action", "N/A", "Sci-Fi", "War")
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from core.evaluation import evaluate
+from core.models.evaluation import evaluate
 from tuner.predict import FilePrediction, ModelEvaluation
-from tuner.predict_view import evaluation_view, prediction_table
+from tuner.views.predict_view import evaluation_view, prediction_table
 
 
 def shown(renderable: Any) -> str:

@@ -16,21 +16,21 @@ import pytest
 import torch
 
 from core.config import TrialConfig
+from core.data.split import Split
+from core.data.table import Table
 from core.heads import build_head
 from core.metrics import topk_recall
 from core.precision import FLOAT32
-from core.probe import train_probes
-from core.split import Split
-from core.stack import head_settings
-from core.table import Table
-from tuner.cluster import Workers
-from tuner.context import Context, FeatureRequest, request_of
-from tuner.head_start import head_path, head_state_for
-from tuner.probe_heads import Probe, keep_heads, train_heads
-from tuner.searcher import trial_seed
-from tuner.space import SearchSpace
-from tuner.space_file import parse_space
-from tuner.study import TrialRecord
+from core.probing.probe import train_probes
+from core.probing.stack import head_settings
+from tuner.spaces.file import parse_space
+from tuner.spaces.space import SearchSpace
+from tuner.studies.study import TrialRecord
+from tuner.trials.cluster import Workers
+from tuner.trials.context import Context, FeatureRequest, request_of
+from tuner.trials.head_start import head_path, head_state_for
+from tuner.trials.probe_heads import Probe, keep_heads, train_heads
+from tuner.trials.searcher import trial_seed
 
 N, D, C = 120, 12, 5
 WORKERS = Workers(count=1, cpus=1.0, gpus=0.0)
@@ -270,9 +270,9 @@ def test_train_heads_serves_several_requests_at_once(
 
 def test_fine_tuning_begins_where_its_probe_ended(context: Context, tmp_path: Path) -> None:
     """Before anything has moved, the classifier answers on pictures as the probe on features."""
-    from core.encoders import build_encoder
-    from core.features import encode
-    from core.finetune import finetune
+    from core.encoding.encoders import build_encoder
+    from core.encoding.features import encode
+    from core.finetuning.finetune import finetune
 
     chance = np.random.default_rng(3)
     rows_C = chance.integers(0, 256, size=(C, 3))

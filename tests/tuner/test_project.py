@@ -265,7 +265,7 @@ def test_ci_runs_the_same_commands_as_people() -> None:
 
 def test_contributing_names_dicts_that_exist() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    places = re.findall(r"`([A-Z]+)` in `((?:core|tuner)/\w+\.py)`", text)
+    places = re.findall(r"`([A-Z]+)` in `((?:core|tuner)/[\w/]+\.py)`", text)
     assert len(places) == 7
     for name, path in places:
         assert re.search(rf"^{name}: dict\[", (ROOT / path).read_text(), re.MULTILINE), (name, path)

@@ -7,7 +7,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from tuner.pruning import RungPruner
+from tuner.sampling.pruning import RungPruner
 
 RUNGS = (1, 3)
 

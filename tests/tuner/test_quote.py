@@ -11,25 +11,16 @@ import numpy as np
 import pytest
 
 from core.config import TrialConfig
+from core.data.split import make_split
+from core.data.table import read_table
 from core.report import Outcome, Status
-from core.split import make_split
 from core.synth import draw_posters
-from core.table import read_table
-from tuner.calibration import Calibration, Note
-from tuner.cluster import Machine, Workers
-from tuner.context import FeatureRequest, request_of
-from tuner.extraction import ExtractionProgress
-from tuner.finalists import FinalistOptions
-from tuner.home import open_home
-from tuner.outcomes import EndedTrial
-from tuner.plan import Plan, make_plan
-from tuner.prices import Features, epochs_share, training_seconds
-from tuner.quote import DRAWN, Crew, Part, Quote, draw_configs, make_quote
-from tuner.quote_view import quote_line, truth_text
-from tuner.quoting import Subject, quote_of
-from tuner.space import SearchSpace
-from tuner.space_file import parse_space
-from tuner.speeds import (
+from tuner.budgets.calibration import Calibration, Note
+from tuner.budgets.prices import Features, epochs_share, training_seconds
+from tuner.budgets.quote import DRAWN, Crew, Part, Quote, draw_configs, make_quote
+from tuner.budgets.quote_view import quote_line, truth_text
+from tuner.budgets.quoting import Subject, quote_of
+from tuner.budgets.speeds import (
     SESSION,
     FeatureClock,
     cohort_key,
@@ -40,6 +31,15 @@ from tuner.speeds import (
     notes_of_trials,
     training_key,
 )
+from tuner.features.extraction import ExtractionProgress
+from tuner.finalists.crown import FinalistOptions
+from tuner.home import open_home
+from tuner.spaces.file import parse_space
+from tuner.spaces.space import SearchSpace
+from tuner.studies.outcomes import EndedTrial
+from tuner.studies.plan import Plan, make_plan
+from tuner.trials.cluster import Machine, Workers
+from tuner.trials.context import FeatureRequest, request_of
 
 CPU = Workers(count=1, cpus=2, gpus=0, machines=(Machine(cpus=2),))
 CREW = Crew(device="2 cores", threads=2, devices=1.0, count=1)

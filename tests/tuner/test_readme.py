@@ -12,8 +12,8 @@ from pathlib import Path
 import click
 import pytest
 
-from tuner.cli import cli
-from tuner.space import load_space
+from tuner.cli.main import cli
+from tuner.spaces.space import load_space
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

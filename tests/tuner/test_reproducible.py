@@ -12,12 +12,12 @@ import pytest
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
-from tuner.reproducible import reproducible_sampler
-from tuner.rounds import rest_of_round, round_size
-from tuner.sampling import SAMPLERS, SamplerSpec
-from tuner.space import SearchSpace
-from tuner.space_file import parse_space
-from tuner.turns import Turns
+from tuner.drivers.rounds import rest_of_round, round_size
+from tuner.drivers.turns import Turns
+from tuner.sampling.registry import SAMPLERS, SamplerSpec
+from tuner.spaces.file import parse_space
+from tuner.spaces.space import SearchSpace
+from tuner.trials.reproducible import reproducible_sampler
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # More threads add up in any order.
 
@@ -57,8 +57,8 @@ def _value(trial: optuna.trial.FrozenTrial) -> float:
 
 
 def _session(storage: InMemoryStorage, space: SearchSpace, lives: float, *, seed: int) -> float:
-    """One process, as `tuner.searcher` goes through a study; it dies after `lives` suggestions.
-    How many it has left."""
+    """One process, as `tuner.trials.searcher` goes through a study; it dies after `lives`
+    suggestions. How many it has left."""
     study = optuna.create_study(
         study_name="s", storage=storage, direction="maximize", load_if_exists=True,
         sampler=reproducible_sampler(space.sampler, space, seed),

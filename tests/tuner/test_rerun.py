@@ -13,18 +13,18 @@ import torch
 from rich.console import Console
 
 from core.config import TrialConfig
+from core.data.split import Split
 from core.precision import FLOAT32
 from core.report import Outcome, Status
-from core.split import Split
-from tuner.cohort import train_cohort
-from tuner.context import Context, build_backbone, request_of
-from tuner.feature_work import ensure_features
+from tuner.features.feature_work import ensure_features
 from tuner.home import Home, open_home
-from tuner.outcomes import EndedTrial, OutcomeLog
 from tuner.preparation import SearchRequest, prepare
-from tuner.rerun import LOSS_MOST, Verdict, compare
-from tuner.space_file import parse_space
-from tuner.study import create_study
+from tuner.spaces.file import parse_space
+from tuner.studies.outcomes import EndedTrial, OutcomeLog
+from tuner.studies.study import create_study
+from tuner.trials.cohort import train_cohort
+from tuner.trials.context import Context, build_backbone, request_of
+from tuner.trials.rerun import LOSS_MOST, Verdict, compare
 
 from .conftest import Command
 
@@ -46,7 +46,7 @@ FINETUNES: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def as_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """One thread and float32 for the rerun as for the recorded training."""
-    monkeypatch.setattr("tuner.cluster.local_threads", lambda: 1)
+    monkeypatch.setattr("tuner.trials.cluster.local_threads", lambda: 1)
     monkeypatch.setattr("core.precision.inference_precision", lambda device: FLOAT32)
 
 

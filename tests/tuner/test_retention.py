@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from core.report import Outcome, Status
-from tuner.outcomes import EndedTrial
-from tuner.retention import KEPT, StateKeeper
+from tuner.studies.outcomes import EndedTrial
+from tuner.trials.retention import KEPT, StateKeeper
 
 
 def _context(folder: Path) -> Any:

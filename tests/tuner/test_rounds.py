@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from tuner.rounds import rest_of_round, round_size
-from tuner.sampling import SAMPLERS
-from tuner.space import SearchSpace
-from tuner.space_file import parse_space
+from tuner.drivers.rounds import rest_of_round, round_size
+from tuner.sampling.registry import SAMPLERS
+from tuner.spaces.file import parse_space
+from tuner.spaces.space import SearchSpace
 
 
 def make_space(sampler: Any, cohort_size: int = 32, **others: Any) -> SearchSpace:

@@ -12,8 +12,8 @@ import optuna
 import pytest
 
 from core.errors import InputError
-from tuner import exhaustive
-from tuner.sampling import (
+from tuner.sampling import exhaustive
+from tuner.sampling.registry import (
     PRUNERS,
     SAMPLERS,
     PrunerSpec,
@@ -21,8 +21,8 @@ from tuner.sampling import (
     build_pruner,
     build_sampler,
 )
-from tuner.space import SearchSpace
-from tuner.space_file import parse_space
+from tuner.spaces.file import parse_space
+from tuner.spaces.space import SearchSpace
 
 WIDE: dict[str, Any] = {
     "backbone": ["ffn", "resnet50"],

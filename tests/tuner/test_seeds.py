@@ -11,11 +11,11 @@ import pytest
 
 from core.config import TrialConfig
 from tuner.home import Home
-from tuner.parts import begin_finetune_study, finetune_study, studies_of
-from tuner.seeds import choose_seeds, seeds_text
-from tuner.space import SearchSpace
-from tuner.space_file import parse_space
-from tuner.study import Study, StudyRecord, TrialRecord, create_study, open_study
+from tuner.spaces.file import parse_space
+from tuner.spaces.space import SearchSpace
+from tuner.studies.parts import begin_finetune_study, finetune_study, studies_of
+from tuner.studies.seeds import choose_seeds, seeds_text
+from tuner.studies.study import Study, StudyRecord, TrialRecord, create_study, open_study
 
 PROBE = {
     "parameters": {

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from core.config import TrialConfig
 from core.errors import InputError
-from tuner.space import SearchSpace, load_space
-from tuner.space_file import parse_space
+from tuner.spaces.file import parse_space
+from tuner.spaces.space import SearchSpace, load_space
 
 FULL = """
 description: All forms there are.
@@ -254,7 +254,7 @@ def test_points_are_kept(tmp_path: Path) -> None:
 
 def test_importing_spaces_is_light() -> None:
     code = (
-        "import sys, tuner.space, tuner.sampling, tuner.space_file; "
+        "import sys, tuner.spaces.space, tuner.sampling.registry, tuner.spaces.file; "
         "heavy = {'torch', 'optuna', 'ray', 'mlflow', 'torchvision'}; "
         "print(sorted(heavy & sys.modules.keys()))"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import InputError
-from tuner.space import load_space
+from tuner.spaces.space import load_space
 
 # Below `parameters: {backbone: ffn}`, which is lines 1 and 2: (YAML from line 3 on, message).
 PARAMETERS: list[tuple[str, str]] = [

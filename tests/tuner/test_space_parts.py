@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from core.errors import InputError
-from tuner.parts import check_finetune_trials, make_plans
-from tuner.space import SearchSpace, load_space
-from tuner.space_file import parse_space
+from tuner.spaces.file import parse_space
+from tuner.spaces.space import SearchSpace, load_space
+from tuner.studies.parts import check_finetune_trials, make_plans
 
 TWO_PARTS = """\
 name: both

@@ -18,9 +18,9 @@ from optuna.trial import TrialState, create_trial
 from sqlalchemy import create_engine, text
 
 from core.errors import InputError
-from tuner.outage import Outage
-from tuner.storage import engine_options, open_storage, stored_studies, watch_outages
-from tuner.surviving_storage import SurvivingStorage
+from tuner.studies.outage import Outage
+from tuner.studies.storage import engine_options, open_storage, stored_studies, watch_outages
+from tuner.studies.surviving_storage import SurvivingStorage
 
 from ..servers import Postgres, postgres_server
 from .cutting_proxy import CuttingProxy, Moment

@@ -18,23 +18,29 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from rich.console import Console
 
-import tuner.delivery
-import tuner.packaging
-import tuner.tracking
-from core.encoders import build_encoder
+import tuner.tracking.delivery
+import tuner.tracking.packaging
+import tuner.tracking.tracker
+from core.encoding.encoders import build_encoder
 from core.errors import InputError
 from core.heads import build_head
-from core.model import save_model
+from core.models.model import save_model
 from core.report import Outcome, Status
 from tests.lossy_proxy import LossyProxy, lossy_proxy
 from tests.servers import mlflow_server
-from tuner.live import StudyView
-from tuner.mlflow_store import find_experiment, may_pass, quiet_mlflow, reason, tracked_studies
-from tuner.outcomes import EndedTrial
-from tuner.packaging import ModelVersionInfo, build_model, log_model
-from tuner.space import load_space
-from tuner.tracking import Tracker
-from tuner.winner import example_picture
+from tuner.finalists.winner import example_picture
+from tuner.spaces.space import load_space
+from tuner.studies.outcomes import EndedTrial
+from tuner.tracking.mlflow_store import (
+    find_experiment,
+    may_pass,
+    quiet_mlflow,
+    reason,
+    tracked_studies,
+)
+from tuner.tracking.packaging import ModelVersionInfo, build_model, log_model
+from tuner.tracking.tracker import Tracker
+from tuner.views.live import StudyView
 
 EPOCHS = 3
 
@@ -49,7 +55,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuner.delivery, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(tuner.tracking.delivery, "FIRST_PAUSE", 0.02)
 
 
 @pytest.fixture
@@ -184,7 +190,7 @@ def test_a_model_is_registered_once_though_every_answer_is_lost(
     """Its files are made once here: with a real MLflow model, each of the tries takes seconds."""
     build_model(saved_model, tmp_path / "built", input_example_bytes=example_picture())
     monkeypatch.setattr(
-        tuner.packaging,
+        tuner.tracking.packaging,
         "build_model",
         lambda _, folder, **__: shutil.copytree(tmp_path / "built", folder),
     )
@@ -255,7 +261,7 @@ def test_a_run_that_was_made_after_all_is_one_in_the_end(
 
 def test_a_study_goes_on_while_mlflow_is_away(server: str, proxy: LossyProxy, name: str) -> None:
     lines: list[str] = []
-    delivery = tuner.tracking.mlflow_delivery(lines.append)
+    delivery = tuner.tracking.tracker.mlflow_delivery(lines.append)
     tracker = tracker_of(proxy.address, name, delivery=delivery)
     tracker.start_study({})
     write_trials(tracker, range(1))
@@ -280,7 +286,7 @@ def test_both_parts_of_a_study_are_written_in_one_order(
     server: str, proxy: LossyProxy, name: str
 ) -> None:
     """The second marks a trial of the first as the winner, whose run is not there yet."""
-    delivery = tuner.tracking.mlflow_delivery()
+    delivery = tuner.tracking.tracker.mlflow_delivery()
     first = tracker_of(proxy.address, name, delivery=delivery)
     second = tracker_of(proxy.address, f"{name}-finetune", delivery=delivery)
     proxy.away = True

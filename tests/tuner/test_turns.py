@@ -18,10 +18,10 @@ import pytest
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from core.report import Outcome, Status
-from tuner.drivers import OWNER, Driver
-from tuner.study import Study
-from tuner.telling import tell
-from tuner.turns import SharedBudget, Turns, publish_budget, published_budget, remembered
+from tuner.drivers.presence import OWNER, Driver
+from tuner.drivers.turns import SharedBudget, Turns, publish_budget, published_budget, remembered
+from tuner.studies.study import Study
+from tuner.trials.telling import tell
 
 from ..servers import Postgres, postgres_server
 from .test_drivers import BEAT, KINDS, driver_in, study_in
@@ -31,8 +31,8 @@ WORK = """
 import json, sys, time
 from pathlib import Path
 from tests.tuner.test_drivers import driver_in, study_in
-from tuner.driver_lock import driver_lock
-from tuner.turns import Turns
+from tuner.drivers.lock import driver_lock
+from tuner.drivers.turns import Turns
 home, name, url, budget, sleep = sys.argv[1:]
 study = study_in(Path(home), name, url or None)
 lock = driver_lock(url or None, study.folder, name, wait=lambda: None)

@@ -12,15 +12,15 @@ import pytest
 from rich.console import Console
 
 from core.config import TrialConfig
+from core.data.split import make_split
+from core.data.table import Table
 from core.errors import InputError
 from core.report import Outcome, Status
-from core.split import make_split
-from core.table import Table
 from tuner.home import Home, open_home
-from tuner.space import SearchSpace
-from tuner.space_file import parse_space
-from tuner.study import OUTCOME, Study, StudyRecord, create_study, outcome_attribute
-from tuner.warm_start import (
+from tuner.spaces.file import parse_space
+from tuner.spaces.space import SearchSpace
+from tuner.studies.study import OUTCOME, Study, StudyRecord, create_study, outcome_attribute
+from tuner.studies.warm_start import (
     FILE,
     WarmStart,
     continues,

@@ -15,16 +15,16 @@ from scipy.stats import wilcoxon
 
 from core.config import TrialConfig
 from core.errors import InputError
-from core.probe import train_probes
+from core.probing.probe import train_probes
 from core.report import Outcome, Status
-from tuner.context import FeatureRequest, request_of
-from tuner.outcomes import OutcomeLog
-from tuner.plan import make_plan
-from tuner.sampling import PrunerSpec, build_pruner, build_sampler
-from tuner.searcher import Budget, CohortSearcher
-from tuner.space import SearchSpace
-from tuner.space_file import parse_space
-from tuner.wilcoxon import FoldPruner, check_folds, fold_values
+from tuner.sampling.registry import PrunerSpec, build_pruner, build_sampler
+from tuner.sampling.wilcoxon import FoldPruner, check_folds, fold_values
+from tuner.spaces.file import parse_space
+from tuner.spaces.space import SearchSpace
+from tuner.studies.outcomes import OutcomeLog
+from tuner.studies.plan import make_plan
+from tuner.trials.context import FeatureRequest, request_of
+from tuner.trials.searcher import Budget, CohortSearcher
 
 NUM_FOLDS, NUM_ROWS, NUM_FEATURES, NUM_CLASSES = 5, 100, 8, 6
 KEY = "validation_top3_accuracy"
@@ -194,7 +194,7 @@ class DirectChannel:
 def test_a_study_of_real_heads_prunes_by_fold(tmp_path: Path) -> None:
     """Cohorts report as on a worker; the searcher judges. Rates far too small are stopped at the
     first rung by the folds, once a round is complete, and the best rate is kept."""
-    from tuner.cohort import tune_report
+    from tuner.trials.cohort import tune_report
 
     features, targets_NC, folds = data_of()
     space = make_space(min_epochs=3)

@@ -12,13 +12,13 @@ import pytest
 from mlflow import MlflowClient
 
 from core.report import Outcome, Status
-from tuner.context import request_of
-from tuner.finalists import AS_USUAL, FinalistOptions
+from tuner.finalists.crown import AS_USUAL, FinalistOptions
+from tuner.finalists.winner import best_candidates
 from tuner.home import open_home
-from tuner.space import load_space
-from tuner.study import StudyRecord, TrialRecord, create_study, open_study
-from tuner.tracking import Tracker
-from tuner.winner import best_candidates
+from tuner.spaces.space import load_space
+from tuner.studies.study import StudyRecord, TrialRecord, create_study, open_study
+from tuner.tracking.tracker import Tracker
+from tuner.trials.context import request_of
 
 
 @pytest.mark.parametrize(

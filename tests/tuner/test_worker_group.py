@@ -10,8 +10,8 @@ import ray
 from core.config import TrialConfig
 from core.errors import InputError
 from core.report import Outcome, Status
-from tuner import worker_group
-from tuner.worker_group import REASON_LENGTH, _keep_up, _reason, train_job
+from tuner.trials import worker_group
+from tuner.trials.worker_group import REASON_LENGTH, _keep_up, _reason, train_job
 
 JOB = {
     "cohort": "cohort-1",

@@ -1,0 +1,1 @@
+"""What is learnt from: tables of labelled pictures, and how they are split."""

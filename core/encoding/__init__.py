@@ -1,0 +1,1 @@
+"""Frozen backbones: networks, weights, and the features that they compute."""

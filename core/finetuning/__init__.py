@@ -1,0 +1,1 @@
+"""Training backbones too, over one process or many."""

@@ -1,0 +1,1 @@
+"""Trained classifiers: saved, served, judged, put together."""

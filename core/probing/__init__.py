@@ -1,0 +1,1 @@
+"""Training heads on features, many at a time."""

@@ -1,0 +1,371 @@
+"""Many heads trained as one: stacked tensors, a few big matrix products instead of many small.
+
+All heads of a stack see the same batches and have the same shape; everything else (loss, rates,
+optimizer, dropout, seed, length) is each head's own. A head in a stack equals the same head
+trained alone with `torch.optim` (tests/contracts/test_stack.py). Heads leave without touching
+the others. Letters: H heads, B batch, D features, P places of a map, K outputs of a layer,
+C classes, T steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import TrialConfig
+from ..heads import HEADS, build_head
+from ..losses import LOSSES, Loss, class_weights
+from ..optimizers import OPTIMIZERS, Optimizer, Settings
+from ..precision import FLOAT32, autocast
+from ..schedules import rate_factors
+from .stack_layers import csra_logits, layered_logits, masks
+
+CPU_CHUNK = 1 << 17
+"""Weights updated at a time on a CPU, so that the passes of an update stay in its cache."""
+FEW_HEADS = 8
+"""Below it, biases are updated head by head, too."""
+EVALUATION_VALUES = 1 << 24
+"""Outputs of a layer held at once while evaluating: bounds memory, not results."""
+
+
+def structure(config: TrialConfig) -> tuple[object, ...]:
+    """What heads must share to be stacked."""
+    return (config.head, config.hidden_sizes, config.dropout > 0 and config.head != "csra")
+
+
+def bytes_of_head(
+    config: TrialConfig,
+    *,
+    num_features: int,
+    num_places: int,
+    num_classes: int,
+    num_evaluated: int,
+) -> int:
+    """Memory of one stacked head: weights, gradient, two slots, best weights; what a step holds of
+    its batch (estimated: some six times each layer's outputs, and 20 values a logit in the
+    costliest loss); the logits of the pictures it is evaluated on with two temporaries."""
+    widths = [num_features, *config.hidden_sizes, num_classes]
+    weights = sum((inputs + 1) * outputs for inputs, outputs in itertools.pairwise(widths))
+    step = config.batch_size * (6 * num_places * sum(widths[1:]) + 20 * num_classes)
+    return 4 * (5 * weights + step + 3 * num_evaluated * num_classes)
+
+
+class HeadStack:
+    """The heads of `configs`, which share `structure`, as stacked parameters.
+
+    `members` are the places in `configs` of the heads still in the stack, in stack order.
+
+    Args:
+        configs: one a head.
+        num_features: D.
+        train_targets_NC: 0/1 targets of the training split, for class weights.
+        steps_per_epoch: batches in one pass, for schedules.
+        device: where the stack lives.
+        precision: of the products of a step, forward and backward (`core.precision`). Weights,
+            losses, updates and everything that is evaluated are float32.
+    """
+
+    def __init__(
+        self,
+        configs: Sequence[TrialConfig],
+        *,
+        num_features: int,
+        train_targets_NC: Tensor,
+        steps_per_epoch: int,
+        device: torch.device | str = "cpu",
+        precision: str = FLOAT32,
+    ) -> None:
+        if len({structure(c) for c in configs}) != 1:
+            raise ValueError("heads of one stack must have one structure")
+        self.configs = list(configs)
+        self.device = torch.device(device)
+        self.precision = precision
+        num_classes = train_targets_NC.shape[1]
+        # Runs of equal loss, then equal optimizer, let each be computed on one slice.
+        self.members = sorted(
+            range(len(configs)), key=lambda i: (configs[i].loss, configs[i].optimizer, i)
+        )
+        members = [configs[i] for i in self.members]
+        heads = [
+            build_head(num_features=num_features, num_classes=num_classes, **head_settings(c))
+            for c in members
+        ]
+        self.params: list[Tensor] = [
+            torch.stack([p.detach() for p in params]).to(self.device).requires_grad_()
+            for params in zip(*(h.parameters() for h in heads), strict=True)
+        ]
+        num_slots = max(OPTIMIZERS[c.optimizer].num_slots for c in members)
+        self.slots = [[torch.zeros_like(p) for p in self.params] for _ in range(num_slots)]
+        self.best = [p.detach().clone() for p in self.params]
+        self._gradient = torch.empty_like(self.params[0], requires_grad=False)
+        self.step_number = 0
+        self._rates_HT = self._schedule(members, steps_per_epoch)
+        self._settings = self._setting_tensors(members)
+        self._numbers = [_optimizer_numbers(c) for c in members]
+        self._class_weights_HC = self._class_weight_tensor(members, train_targets_NC)
+        self._find_runs()
+        self._chances = [masks(c.seed, self.device) if c.dropout > 0 else None for c in members]
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    @property
+    def member_configs(self) -> list[TrialConfig]:
+        """The settings of the heads still in the stack, in stack order."""
+        return [self.configs[i] for i in self.members]
+
+    # ---- training -------------------------------------------------------------------------
+
+    def step(self, features: Tensor, targets_BC: Tensor) -> Tensor:
+        """One update of every head on one batch.
+
+        Features are [B, D], or [B, P, D] for csra. Returns the losses before the update [H],
+        detached, on the device.
+        """
+        with autocast(self.device, self.precision):
+            logits_BHC = self._forward(
+                self.params, self._settings, features, training=True, gradient=self._gradient
+            )
+        logits_BHC = logits_BHC.float()
+        losses_H = self.losses(logits_BHC, targets_BC).mean(0)
+        grads = torch.autograd.grad(losses_H.sum(), self.params)
+        self._update(grads)
+        return losses_H.detach()
+
+    def logits(self, features: Tensor, *, training: bool = False) -> Tensor:
+        """Logits [B, H, C] of every head with its present weights; features as for `step`."""
+        return self._forward(self.params, self._settings, features, training=training)
+
+    @torch.no_grad()
+    def best_logits(self, features: Tensor, places: Sequence[int]) -> Tensor:
+        """Logits [B, h, C] of the heads at these stack places with their remembered weights."""
+        index = torch.tensor(list(places), device=self.device)
+        settings = {key: value[index] for key, value in self._settings.items()}
+        return self._forward([b[index] for b in self.best], settings, features)
+
+    def _forward(
+        self,
+        params: Sequence[Tensor],
+        settings: Settings,
+        features: Tensor,
+        *,
+        training: bool = False,
+        gradient: Tensor | None = None,
+    ) -> Tensor:
+        layers = list(zip(params[::2], params[1::2], strict=True))
+        if HEADS[self.configs[0].head].spatial:
+            return csra_logits(layers[0], settings, features, gradient)
+        dropping = training and self.configs[0].dropout > 0
+        return layered_logits(layers, features, self._drop if dropping else None, gradient)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        """Inverted dropout with each head's own generator: [B, K] shared or [H, B, K] to the
+        latter."""
+        masks_HBK = torch.empty(len(self), *x.shape[-2:], device=self.device)
+        for mask_BK, chance, config in zip(
+            masks_HBK, self._chances, self.member_configs, strict=True
+        ):
+            assert chance is not None
+            keep = 1 - config.dropout
+            torch.mul(chance(mask_BK.shape, keep), 1 / keep, out=mask_BK)
+        return x * masks_HBK.to(x.dtype)
+
+    def losses(self, logits_BHC: Tensor, targets_BC: Tensor) -> Tensor:
+        """The loss of each picture for each head [B, H]."""
+        targets_B1C = targets_BC.unsqueeze(1)
+        # Split, not sliced: a slice's gradient is the whole stack's, most of it zeros.
+        sizes = [run.stop - run.start for _, run, _ in self._loss_runs]
+        parts: tuple[Tensor, ...] = torch.split(logits_BHC, sizes, dim=1)
+        losses = [
+            loss.function(logits_BhC, targets_B1C, **settings)
+            for logits_BhC, (loss, _, settings) in zip(parts, self._loss_runs, strict=True)
+        ]
+        return torch.cat(losses, dim=1)
+
+    @torch.no_grad()
+    def _update(self, grads: Sequence[Tensor]) -> None:
+        lr_H = self._rates_HT[:, self.step_number]
+        rates = lr_H.tolist() if self.device.type == "cpu" else []
+        self.step_number += 1
+        for optimizer, run in self._optimizer_runs:
+            fused = optimizer.fused is not None and self.device.type == "cpu"
+            for p, (param, grad) in enumerate(zip(self.params, grads, strict=True)):
+                slots = [slot[p] for slot in self.slots[: optimizer.num_slots]]
+                decaying = p % 2 == 0
+                # Biases are small: there a call for each head costs more than passes over all.
+                if fused and (decaying or run.stop - run.start < FEW_HEADS):
+                    self._update_fused(optimizer, run, param, grad, slots, rates, decaying)
+                else:
+                    self._update_stacked(optimizer, run, param, grad, slots, lr_H, decaying)
+
+    def _update_fused(
+        self,
+        optimizer: Optimizer,
+        run: slice,
+        param: Tensor,
+        grad: Tensor,
+        slots: Sequence[Tensor],
+        rates: Sequence[float],
+        decaying: bool,
+    ) -> None:
+        """Head by head: one pass over each one's weights instead of one an operation."""
+        assert optimizer.fused is not None
+        parts = zip(*(t[run].unbind() for t in (param, grad, *slots)), strict=True)
+        for head, (weights, gradient, *own) in enumerate(parts, run.start):
+            numbers = {**self._numbers[head], "lr": rates[head]}
+            if not decaying:
+                numbers["weight_decay"] = 0.0
+            optimizer.fused(weights, gradient, own, self.step_number, numbers)
+
+    def _update_stacked(
+        self,
+        optimizer: Optimizer,
+        run: slice,
+        param: Tensor,
+        grad: Tensor,
+        slots: Sequence[Tensor],
+        lr_H: Tensor,
+        decaying: bool,
+    ) -> None:
+        """All heads of a run at once, in parts that fit a CPU's cache."""
+        shape = (-1, *[1] * (param.dim() - 1))
+        for part in self._chunks(run, param):
+            heads = part[0]
+            settings = {key: self._settings[key][heads].view(shape) for key in optimizer.parameters}
+            settings["lr"] = lr_H[heads].view(shape)
+            decay = self._settings["weight_decay"][heads].view(shape)
+            settings["weight_decay"] = decay if decaying else torch.zeros_like(decay)
+            own = [slot[part] for slot in slots]
+            optimizer.update(param[part], grad[part], own, self.step_number, settings)
+
+    def _chunks(self, run: slice, param: Tensor) -> Iterator[tuple[slice, slice]]:
+        """Parts of a run of heads, and of their layer's outputs where one head is too big."""
+        num_outputs = param.shape[1]
+        if self.device.type != "cpu":
+            yield run, slice(0, num_outputs)
+            return
+        size = param[0].numel()
+        heads_at_once = max(1, CPU_CHUNK // size)
+        outputs_at_once = max(1, CPU_CHUNK * num_outputs // max(size, CPU_CHUNK))
+        for head in range(run.start, run.stop, heads_at_once):
+            heads = slice(head, min(head + heads_at_once, run.stop))
+            for output in range(0, num_outputs, outputs_at_once):
+                yield heads, slice(output, min(output + outputs_at_once, num_outputs))
+
+    # ---- evaluation and leaving -----------------------------------------------------------
+
+    def rows_at_once(self, num_places: int) -> int:
+        """How many pictures a call of `logits` should get, to bound memory while evaluating."""
+        widest = max(param.shape[1] for param in self.params)
+        return max(1, EVALUATION_VALUES // (len(self) * num_places * widest))
+
+    def rate(self, place: int) -> float:
+        """The learning rate of the head's last step."""
+        return float(self._rates_HT[place, self.step_number - 1])
+
+    @torch.no_grad()
+    def remember(self, places: Sequence[int]) -> None:
+        """Keep the present weights of the heads at these stack places as their best."""
+        if places:
+            index = torch.tensor(places, device=self.device)
+            for best, param in zip(self.best, self.params, strict=True):
+                best[index] = param[index]
+
+    def best_state(self, place: int) -> dict[str, Tensor]:
+        """The remembered weights of one head, named as in its module of `core.heads`."""
+        names = [f"layers.{i // 2}.{('weight', 'bias')[i % 2]}" for i in range(len(self.best))]
+        return {n: b[place].detach().cpu().clone() for n, b in zip(names, self.best, strict=True)}
+
+    @torch.no_grad()
+    def keep(self, places: Sequence[int]) -> None:
+        """Let all heads leave but those at these stack places (ascending)."""
+        index = torch.tensor(list(places), dtype=torch.long, device=self.device)
+        self.members = [self.members[i] for i in places]
+        self._chances = [self._chances[i] for i in places]
+        self.params = [p.detach()[index].requires_grad_() for p in self.params]
+        self.slots = [[s[index] for s in slot] for slot in self.slots]
+        self.best = [b[index] for b in self.best]
+        self._rates_HT = self._rates_HT[index]
+        self._settings = {k: v[index] for k, v in self._settings.items()}
+        self._numbers = [self._numbers[i] for i in places]
+        self._gradient = self._gradient[: len(places)]
+        if self._class_weights_HC is not None:
+            self._class_weights_HC = self._class_weights_HC[index]
+        self._find_runs()
+
+    # ---- set-up ---------------------------------------------------------------------------
+
+    def _find_runs(self) -> None:
+        """The longest slices of the stack that have one loss, with its settings as the function
+        takes them, and those that have one optimizer; in order."""
+        members = self.member_configs
+        self._loss_runs: list[tuple[Loss, slice, dict[str, Any]]] = []
+        for name, run in _runs([c.loss for c in members]):
+            settings: dict[str, Any] = {
+                key: self._settings[key][run].unsqueeze(1) for key in LOSSES[name].parameters
+            }
+            # A loss without smoothing or weights does not compute with zeros and ones.
+            if any(c.label_smoothing > 0 for c in members[run]):
+                settings["label_smoothing"] = self._settings["label_smoothing"][run].unsqueeze(1)
+            if self._class_weights_HC is not None:
+                settings["class_weights_C"] = self._class_weights_HC[run]
+            self._loss_runs.append((LOSSES[name], run, settings))
+        optimizers = _runs([c.optimizer for c in members])
+        self._optimizer_runs = [(OPTIMIZERS[name], run) for name, run in optimizers]
+
+    def _schedule(self, members: Sequence[TrialConfig], steps_per_epoch: int) -> Tensor:
+        num_steps = max(c.epochs for c in members) * steps_per_epoch
+        rates_HT = torch.zeros(len(members), num_steps)
+        for row, c in zip(rates_HT, members, strict=True):
+            factors = rate_factors(
+                c.schedule,
+                num_steps=c.epochs * steps_per_epoch,
+                warmup_fraction=c.warmup_fraction,
+            )
+            row[: len(factors)] = torch.from_numpy(c.lr * factors)
+        return rates_HT.to(self.device)
+
+    def _setting_tensors(self, members: Sequence[TrialConfig]) -> dict[str, Tensor]:
+        keys = {"weight_decay", "label_smoothing", "csra_lambda", "csra_temperature"}
+        keys |= {k for c in members for k in LOSSES[c.loss].parameters}
+        keys |= {k for c in members for k in OPTIMIZERS[c.optimizer].parameters}
+        return {
+            k: torch.tensor([float(getattr(c, k)) for c in members], device=self.device)
+            for k in sorted(keys)
+        }
+
+    def _class_weight_tensor(
+        self, members: Sequence[TrialConfig], targets_NC: Tensor
+    ) -> Tensor | None:
+        if all(c.class_weights == "none" for c in members):
+            return None
+        ones_C = torch.ones(targets_NC.shape[1])
+        rows = [class_weights(c.class_weights, targets_NC.cpu()) for c in members]
+        return torch.stack([ones_C if row is None else row for row in rows]).to(self.device)
+
+
+def _runs(values: Sequence[str]) -> Iterator[tuple[str, slice]]:
+    """The longest slices of equal values, in order."""
+    start = 0
+    for value, run in itertools.groupby(values):
+        stop = start + len(list(run))
+        yield value, slice(start, stop)
+        start = stop
+
+
+def _optimizer_numbers(config: TrialConfig) -> dict[str, float]:
+    keys = ("weight_decay", *OPTIMIZERS[config.optimizer].parameters)
+    return {key: float(getattr(config, key)) for key in keys}
+
+
+def head_settings(config: TrialConfig) -> dict[str, Any]:
+    """The arguments of `build_head` that a trial sets."""
+    return {
+        "kind": config.head,
+        "seed": config.seed,
+        **{key: getattr(config, key) for key in HEADS[config.head].parameters},
+    }

@@ -1,0 +1,1 @@
+"""What a study is going to cost, and what it did."""

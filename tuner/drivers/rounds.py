@@ -1,0 +1,42 @@
+"""How many trials are asked for at once.
+
+Trials of a round do not learn from each other. With rounds of 32 throughout, TPE needed twice the
+trials for the same result (`tests/benchmarks/README.md`, search quality). So rounds are large only
+where little is lost by it: while the sampler draws at random, and later, when a round is a small
+part of what is known. The size follows from the number of trials alone, so that a resumed study
+goes on with the rounds that it would have had.
+"""
+
+from __future__ import annotations
+
+from ..sampling.registry import SAMPLERS, check_name, check_options
+from ..spaces.space import SearchSpace
+
+SMALLEST_ROUND = 4
+ROUND_SHARE = 8
+"""A round is one part in so many of the trials before it."""
+
+
+def round_size(space: SearchSpace, num_asked: int) -> int:
+    """The size of the round that begins after `num_asked` trials of the study.
+
+    `cohort_size` is the most. Fine-tuning trials share nothing, so that each is asked for when a
+    worker is free.
+    """
+    kind = SAMPLERS[check_name("sampler", space.sampler.name, SAMPLERS)]
+    if not kind.learns:
+        return space.cohort_size
+    startup = getattr(check_options("sampler", space.sampler, kind.options), "startup_trials", 0)
+    if num_asked < startup:
+        return int(min(space.cohort_size, startup - num_asked))
+    if space.mode == "finetune":
+        return 1
+    return min(space.cohort_size, max(SMALLEST_ROUND, num_asked // ROUND_SHARE))
+
+
+def rest_of_round(space: SearchSpace, num_asked: int) -> int:
+    """How many trials the last round lacks, if a kill came while it was asked for."""
+    end = 0
+    while end < num_asked:
+        end += round_size(space, end)
+    return end - num_asked

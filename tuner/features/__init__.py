@@ -1,0 +1,1 @@
+"""Features before trials: extraction, and the cache."""

@@ -1,0 +1,1 @@
+"""From the best trials to one model."""

@@ -1,0 +1,1 @@
+"""Constraints, costs, and several objectives."""

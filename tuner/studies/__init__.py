@@ -1,0 +1,1 @@
+"""Studies on disk and in databases: records, storage, outcomes, budgets."""

@@ -1,0 +1,1 @@
+"""Trials on Ray: cohorts, worker groups, and what they read."""
