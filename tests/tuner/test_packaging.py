@@ -427,7 +427,10 @@ def test_build_labels_are_cut_from_versions(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_importing_the_module_stays_cheap() -> None:
-    code = "import sys, tuner.tracking.packaging; print(*(m for m in ('torch', 'mlflow') if m in sys.modules))"
+    code = (
+        "import sys, tuner.tracking.packaging; "
+        "print(*(m for m in ('torch', 'mlflow') if m in sys.modules))"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )

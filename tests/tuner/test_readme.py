@@ -59,12 +59,14 @@ def test_every_command_is_one_that_the_command_line_takes() -> None:
 
 
 def test_the_space_shown_is_valid(tmp_path: Path) -> None:
-    (block,) = _blocks("yaml")
+    block, goals = _blocks("yaml")
     path = tmp_path / "shown.yaml"
     path.write_text(block)
     space = load_space(path)
     assert space.trials == 100
     assert "timm/convnext_tiny" in block
+    path.write_text(block + goals)
+    assert load_space(path).constraints
 
 
 def test_pictures_that_are_shown_are_there() -> None:
