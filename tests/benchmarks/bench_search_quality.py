@@ -22,9 +22,9 @@ import optuna
 from measuring import Bench, benchmark, console, show, verdict
 from search_problems import Problem, problems
 
-from tuner.drivers.rounds import round_size
 from tuner.sampling.registry import build_pruner
-from tuner.trials.reproducible import reproducible_sampler
+from tuner.sampling.reproducible import reproducible_sampler
+from tuner.sampling.rounds import round_size
 
 TRIALS, SEEDS = 200, 20
 WORKERS = 2

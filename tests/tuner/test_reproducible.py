@@ -12,12 +12,12 @@ import pytest
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
-from tuner.drivers.rounds import rest_of_round, round_size
 from tuner.drivers.turns import Turns
 from tuner.sampling.registry import SAMPLERS, SamplerSpec
+from tuner.sampling.reproducible import reproducible_sampler
+from tuner.sampling.rounds import rest_of_round, round_size
 from tuner.spaces.file import parse_space
 from tuner.spaces.space import SearchSpace
-from tuner.trials.reproducible import reproducible_sampler
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # More threads add up in any order.
 

@@ -17,6 +17,7 @@ from ..drivers.presence import Driver
 from ..drivers.turns import SharedBudget, Turns, publish_budget, remembered
 from ..goals.judge import ANYTHING_GOES, Judge
 from ..sampling.registry import build_pruner
+from ..sampling.reproducible import reproducible_sampler
 from ..signals import check_stopped, tune_stops
 from ..spaces.space import SearchSpace
 from ..studies.outcomes import EndedTrial, OutcomeLog
@@ -29,7 +30,6 @@ from .cluster import ONE_WORKER, Share, Workers
 from .cohort import run_cohort
 from .context import Context, FeatureRequest
 from .job_board import BoardHandle, start_board
-from .reproducible import reproducible_sampler
 from .retention import StateKeeper
 from .searcher import Budget, CohortSearcher
 from .telling import tell

@@ -22,12 +22,12 @@ from core.errors import InputError, NoRoomError
 from core.report import Outcome, Status
 
 from ..budgets.device_time import SAVE_SECONDS, DeviceMeter
-from ..drivers.rounds import rest_of_round, round_size
 from ..drivers.turns import Turns
 from ..goals.costs import ATTRIBUTE
 from ..goals.judge import ANYTHING_GOES, Judge
 from ..sampling.pareto_pruning import should_stop
 from ..sampling.registry import PRUNERS
+from ..sampling.rounds import rest_of_round, round_size
 from ..sampling.wilcoxon import fold_values
 from ..spaces.space import SearchSpace
 from ..studies.outcomes import OutcomeLog

@@ -9,8 +9,8 @@ goes on with the rounds that it would have had.
 
 from __future__ import annotations
 
-from ..sampling.registry import SAMPLERS, check_name, check_options
 from ..spaces.space import SearchSpace
+from .registry import SAMPLERS, check_name, check_options
 
 SMALLEST_ROUND = 4
 ROUND_SHARE = 8

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 
-from ..sampling.registry import SAMPLERS, SamplerSpec, build_sampler
+from .registry import SAMPLERS, SamplerSpec, build_sampler
 
 if TYPE_CHECKING:
     import optuna
