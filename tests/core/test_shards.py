@@ -30,7 +30,7 @@ PRELUDE = f"""
 import os, signal, sys, time
 from pathlib import Path
 import numpy as np
-from core import shards
+from core.encoding import shards
 from core.encoding.shards import ShardedMatrix
 
 def make(folder, num_rows={ROWS}):

@@ -232,7 +232,7 @@ def test_time_without_a_look_is_no_silence(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
-    monkeypatch.setattr(tuner.drivers, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(tuner.drivers.presence, "time", SimpleNamespace(monotonic=lambda: now))
     study = study_in(tmp_path, name)
     driver = driver_in(study, silent=20 * BEAT)
     study.optuna().set_user_attr(PREFIX + "far", {"beat": 1, "joins": True, "ended": False})
@@ -271,8 +271,8 @@ print("locked", flush=True); time.sleep(60)
 def test_a_second_first_driver_is_refused(
     url_of: Callable[[str], str | None], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuner.drivers, "BEAT_SECONDS", BEAT)
-    monkeypatch.setattr(tuner.drivers, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(tuner.drivers.presence, "BEAT_SECONDS", BEAT)
+    monkeypatch.setattr(tuner.drivers.presence, "SILENT_SECONDS", 1.0)
     url = url_of("postgresql")
     here, there = (study_in(tmp_path / home, name, url) for home in ("here", "there"))
     with driving(here):
@@ -291,8 +291,8 @@ def test_a_second_first_driver_is_refused(
 def test_a_dead_first_driver_of_another_home_is_waited_out(
     url_of: Callable[[str], str | None], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuner.drivers, "BEAT_SECONDS", BEAT)
-    monkeypatch.setattr(tuner.drivers, "SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(tuner.drivers.presence, "BEAT_SECONDS", BEAT)
+    monkeypatch.setattr(tuner.drivers.presence, "SILENT_SECONDS", 0.5)
     study = study_in(tmp_path, name, url_of("postgresql"))
     study.optuna().set_user_attr(PREFIX + "far", {"beat": 7, "joins": False, "ended": False})
     started = time.monotonic()

@@ -324,8 +324,8 @@ def test_the_live_view_says_that_mlflow_is_away(proxy: LossyProxy, name: str) ->
 def test_what_could_not_be_written_is_written_by_a_resumed_study(
     server: str, proxy: LossyProxy, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(tuner.tracking, "END_SECONDS", 1)
-    monkeypatch.setattr(tuner.tracking, "INTERRUPTED_SECONDS", 1)
+    monkeypatch.setattr(tuner.tracking.tracker, "END_SECONDS", 1)
+    monkeypatch.setattr(tuner.tracking.tracker, "INTERRUPTED_SECONDS", 1)
     (tmp_path / "split.json").write_text("[]")
     first = tracker_of(proxy.address, name)
     first.start_study({"seed": 1})
