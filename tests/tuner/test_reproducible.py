@@ -100,7 +100,10 @@ def _proposals(storage: InMemoryStorage) -> list[dict[str, Any]]:
     return [trial.params for trial in storage.get_all_trials(study._study_id)]
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    "sampler",
+    [pytest.param(s, marks=pytest.mark.slow) if "gp" in str(s) else s for s in SAMPLERS],
+)
 def test_kills_change_no_proposal(sampler: str) -> None:
     space = _space(sampler)
     undisturbed, again, killed = InMemoryStorage(), InMemoryStorage(), InMemoryStorage()

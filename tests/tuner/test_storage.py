@@ -117,7 +117,7 @@ def _check_small_study(reader: RDBStorage, name: str) -> None:
 # ---- each write, cut at its commit ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("moment", [pytest.param("before", marks=pytest.mark.slow), "after"])
 def test_each_commit_cut_off_is_done_once(
     server: Postgres, proxy: CuttingProxy, moment: Moment
 ) -> None:
@@ -232,6 +232,7 @@ def test_calls_wait_until_the_server_is_back(
     back.join()
 
 
+@pytest.mark.slow
 def test_many_threads_ask_through_a_restart(
     server: Postgres, storage: SurvivingStorage, study_name: str
 ) -> None:
