@@ -8,6 +8,7 @@ of the project's bar are taken, at 224 px.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -16,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,20 +172,17 @@ def run_rank(job: dict[str, Any]) -> None:
     torch.distributed.destroy_process_group()
 
 
-def ranks_pictures_per_s(count: int, path: Path, values: dict[str, Any]) -> float:
-    """Of so many processes of one core each."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def pictures_per_s(sizes: Sequence[int], path: Path, values: dict[str, Any]) -> float:
+    """Of groups of so many processes of one core each, all groups at once, each on its own."""
     jobs = [
         {"rank": rank, "count": count, "port": port, "pictures": str(path), "settings": values}
+        for count, port in zip(sizes, free_ports(len(sizes)), strict=True)
         for rank in range(count)
     ]
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, "--rank", json.dumps(job)],
-            env=environment,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             text=True,
             stdout=subprocess.PIPE,
         )
@@ -197,24 +195,39 @@ def ranks_pictures_per_s(count: int, path: Path, values: dict[str, Any]) -> floa
             process.kill()
     if any(process.returncode for process in processes):
         raise RuntimeError("a worker failed")
-    seconds = json.loads(outputs[0].strip().splitlines()[-1])
-    return (len(np.load(path, mmap_mode="r")) - VALIDATED) / statistics.median(seconds)
+    first = [output for job, output in zip(jobs, outputs, strict=True) if job["rank"] == 0]
+    seconds = [statistics.median(json.loads(o.strip().splitlines()[-1])) for o in first]
+    num_trained = len(np.load(path, mmap_mode="r")) - VALIDATED
+    return sum(num_trained / s for s in seconds)
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def two_against_one(bench: Bench, backbone: str, size: int, num_images: int) -> dict[str, Any]:
+    """Two workers of a trial, one alone, and two that have a trial each: what the machine gives
+    at most, as they wait for nobody and share only its memory."""
     random_pictures(bench.scratch, num_images, size)
     path = bench.scratch / f"{num_images}-{size}.npy"
     values = settings(backbone, size, bench.size(4, 2), horizontal_flip=True)
-    found: dict[int, list[float]] = {1: [], 2: []}
+    ways: dict[str, Sequence[int]] = {"one": [1], "two": [2], "apart": [1, 1]}
+    found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(bench.size(3, 1)):
-        for count in found:
-            found[count].append(ranks_pictures_per_s(count, path, values))
-    one, two = (statistics.median(found[count]) for count in (1, 2))
+        for name, sizes in ways.items():
+            found[name].append(pictures_per_s(sizes, path, values))
+    one, two, apart = (statistics.median(found[name]) for name in ways)
     return {
         "backbone": f"{backbone}, {size} px",
         "one worker, pictures/s": one,
         "two workers": two,
         "ratio": two / one,
+        "two trials apart": apart,
+        "most": apart / one,
     }
 
 

@@ -117,7 +117,8 @@ def _check_small_study(reader: RDBStorage, name: str) -> None:
 # ---- each write, cut at its commit ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("moment", [pytest.param("before", marks=pytest.mark.slow), "after"])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["before", "after"])
 def test_each_commit_cut_off_is_done_once(
     server: Postgres, proxy: CuttingProxy, moment: Moment
 ) -> None:
