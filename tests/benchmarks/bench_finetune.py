@@ -34,6 +34,8 @@ from core.precision import autocast, inference_precision
 from core.probing.stack import head_settings
 
 BATCH = 32
+STEP = 64
+"""Pictures of a step of two workers, 32 each, and of the one that they are compared with."""
 VALIDATED = 32
 """Pictures validated after each epoch: they count as time, not as pictures."""
 AUGMENTATIONS: dict[str, dict[str, Any]] = {
@@ -214,7 +216,8 @@ def two_against_one(bench: Bench, backbone: str, size: int, num_images: int) -> 
     at most, as they wait for nobody and share only its memory."""
     random_pictures(bench.scratch, num_images, size)
     path = bench.scratch / f"{num_images}-{size}.npy"
-    values = settings(backbone, size, bench.size(4, 2), horizontal_flip=True)
+    epochs = bench.size(4, 2)
+    values = settings(backbone, size, epochs, batch_size=STEP, horizontal_flip=True)
     ways: dict[str, Sequence[int]] = {"one": [1], "two": [2], "apart": [1, 1]}
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(bench.size(3, 1)):
