@@ -309,10 +309,11 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never a part."""
+    """Write JSON so that a reader sees the old file or the new one, never a part. The order of keys
+    stays: that of a space's parameters is the order in which a sampler draws them."""
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        draft.write_text(json.dumps(value, indent=1, sort_keys=True))
+        draft.write_text(json.dumps(value, indent=1))
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)

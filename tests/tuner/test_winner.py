@@ -65,6 +65,18 @@ def _record(space: Path, **changes: Any) -> StudyRecord:
     )
 
 
+def test_a_study_remembers_the_order_of_its_parameters(home: Path, tmp_path: Path) -> None:
+    """A sampler draws them in that order: in another one a resumed study would propose others."""
+    path = tmp_path / "ordered.yaml"
+    path.write_text(
+        "trials: 2\nparameters: {weight_decay: {low: 0.1, high: 1}, backbone: ffn, head: linear,"
+        " loss: [bce, focal], gamma: {when: {loss: focal}, low: 1, high: 2}, dropout: [0, 0.5]}\n"
+    )
+    place = open_home(home)
+    create_study(place, _record(path))
+    assert list(open_study(place, "mine").space().parameters) == list(load_space(path).parameters)
+
+
 def test_a_study_remembers_how_it_is_to_end(home: Path, space: Path) -> None:
     options = FinalistOptions(count=2, seeds=4, refit=True, ensemble=3)
     place = open_home(home)
