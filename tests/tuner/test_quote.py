@@ -15,10 +15,10 @@ from core.data.split import make_split
 from core.data.table import read_table
 from core.report import Outcome, Status
 from core.synth import draw_posters
-from tuner.budgets.calibration import Calibration, Note
+from tuner.budgets.calibration import Calibration, Estimate, Note
 from tuner.budgets.prices import Features, epochs_share, training_seconds
 from tuner.budgets.quote import DRAWN, Crew, Part, Quote, draw_configs, make_quote
-from tuner.budgets.quote_view import quote_line, truth_text
+from tuner.budgets.quote_view import quote_line, range_text, truth_text
 from tuner.budgets.quoting import Subject, quote_of
 from tuner.budgets.speeds import (
     SESSION,
@@ -321,7 +321,9 @@ def test_the_truth_stands_beside_what_was_said(tmp_path: Path) -> None:
     assert "device-hours: 0.5 (features 1 min 30 s, trials 28 min 0 s, finalists 30 s)" in text
     value = said["device_seconds"][1] / 3600
     assert f"expected {value:.2g} (" in text
-    assert f"hours: 0.25; expected {said['seconds'][1] / 3600 + 1:.2g} (" in text
+    assert "time in all: 15 min 0 s; expected " in text
+    low, middle, high = (3600 + seconds for seconds in said["seconds"])
+    assert text.endswith(range_text(Estimate(low=low, value=middle, high=high)))
 
 
 def test_plans_hold_budgets_of_time() -> None:

@@ -81,11 +81,11 @@ def truth_text(studies: Sequence[Study]) -> str:
     text = f"device-hours: {hours_text(busy_seconds(sums))} ({kinds})"
     said = _said(studies[0])
     if said is not None:
-        text += f"; expected {_total_range(said, 'device_seconds')}"
+        text += f"; expected {hours_range(_total(said, 'device_seconds'))}"
     if WALL in sums:
-        text += f"\nhours: {hours_text(sums[WALL])}"
+        text += f"\ntime in all: {duration(sums[WALL])}"
         if said is not None:
-            text += f"; expected {_total_range(said, 'seconds')}"
+            text += f"; expected {range_text(_total(said, 'seconds'))}"
     return text
 
 
@@ -95,7 +95,7 @@ def _said(study: Study) -> dict[str, Any] | None:
     return found
 
 
-def _total_range(said: dict[str, Any], name: str) -> str:
+def _total(said: dict[str, Any], name: str) -> Estimate:
     """What was expected of the session, with what had been used before it."""
     low, value, high = (seconds + said[f"{name}_before"] for seconds in said[name])
-    return hours_range(Estimate(low=low, value=value, high=high))
+    return Estimate(low=low, value=value, high=high)
