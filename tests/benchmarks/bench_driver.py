@@ -15,7 +15,8 @@ import optuna
 from measuring import Bench, benchmark, console, resident_mib, show, verdict
 
 from core.report import Outcome, Status
-from tuner.sampling.registry import build_pruner, build_sampler
+from tuner.sampling.registry import build_pruner
+from tuner.sampling.reproducible import reproducible_sampler
 from tuner.spaces.space import SearchSpace, load_space
 from tuner.studies.outcomes import OutcomeLog
 from tuner.studies.plan import Plan, make_plan
@@ -135,7 +136,7 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
     plan = make_plan(space, trials=milestones[-1], hours=None)
     study = optuna.create_study(
         storage=open_storage(None, bench.scratch),
-        sampler=build_sampler(space.sampler, space, 0),
+        sampler=reproducible_sampler(space.sampler, space, 0),
         pruner=build_pruner(space.pruner, space.max_epochs),
         direction="maximize",
     )
