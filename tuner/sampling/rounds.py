@@ -1,10 +1,10 @@
 """How many trials are asked for at once.
 
-Trials of a round do not learn from each other. With large rounds throughout, TPE
-needs more trials for the same result (`tests/benchmarks/README.md`, search quality). So rounds are
-large only where little is lost by it: while the sampler draws at random, and later, when a round is a small
-part of what is known. The size follows from the number of trials alone, so that a resumed study
-goes on with the rounds that it would have had.
+Trials of a round do not learn from each other. With large rounds throughout, TPE needs more trials
+for the same result (`tests/benchmarks/README.md`, search quality). So rounds are large only where
+little is lost by it: while the sampler draws at random, and later, when a round is a small part of
+what is known. The size follows from the number of trials alone, so that a resumed study goes on
+with the rounds that it would have had.
 """
 
 from __future__ import annotations
