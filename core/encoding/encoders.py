@@ -64,8 +64,19 @@ class Encoder(nn.Module):
 
         `[N, D, 1, 1]` for a backbone without a feature map.
         """
-        features: Tensor = self.network((images_N3hw - self.mean) / self.std)
+        features: Tensor = self.network(self._normalised(images_N3hw))
         return features[:, :, None, None] if features.ndim == 2 else features
+
+    def _normalised(self, images_N3hw: Tensor) -> Tensor:
+        """In the same memory order. In channels_last whole lines are normalised at once: three
+        numbers at a time take twice as long as all else that is done to a picture's floats."""
+        if not images_N3hw.is_contiguous(memory_format=torch.channels_last):
+            return (images_N3hw - self.mean) / self.std
+        images_Nhw3 = images_N3hw.permute(0, 2, 3, 1)
+        width = images_Nhw3.shape[2]
+        lines = images_Nhw3.flatten(2)
+        lines = (lines - self.mean.flatten().repeat(width)) / self.std.flatten().repeat(width)
+        return lines.view(images_Nhw3.shape).permute(0, 3, 1, 2)
 
     def forward_blocks(self, images_N3hw: Tensor, blocks: int) -> list[Tensor]:
         """Feature maps `[N, D, h, w]` of the last `blocks` stages, from input to output, of square

@@ -7,24 +7,32 @@ N pictures, D features, P places of a map.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..images.pictures import DECODING
+from ..images.pictures import DECODING, default_threads
 from ..images.pixels import Fetched, Pictures, Progress
 from ..images.views import PLAIN
 from ..precision import FLOAT32, autocast
 from .encoders import Encoder, weights_fingerprint
 from .pooling import num_pooled_features, pooled_features
 from .shards import ShardedMatrix, content_key
+from .streams import num_streams, streams
+
+FloatArray = npt.NDArray[Any]
+T = TypeVar("T")
 
 MAP = "map"
 """The pooling of features that keep their places: [N, P, D] for csra heads."""
@@ -122,15 +130,15 @@ def compute_features(
     blocks: int = 1,
     precision: str,
     pictures_of: Callable[[int], Fetched],
-    are_decoded: Callable[[int], bool] = lambda shard: False,
     shards: Sequence[int],
     device: torch.device | str = "cpu",
     batch_size: int = BATCH,
     progress: Progress | None = None,
 ) -> None:
-    """Fill some shards of a feature matrix. While one is computed, the next one's pictures are
-    read in a thread, and what is there already is written in another. On a CPU pictures are not
-    decoded meanwhile, but in turn: two jobs that both want all cores are slower side by side.
+    """Fill some shards of a feature matrix. On a CPU several batches go through the backbone side
+    by side, each decoded by the thread that computes it (`core.encoding.streams`); for another
+    device pictures are decoded ahead by threads of their own. What is there already is written
+    meanwhile.
 
     Args:
         encoder: frozen; moved to `device` and put in evaluation mode.
@@ -139,42 +147,53 @@ def compute_features(
         blocks: stages that pooled features are taken from.
         precision: see `core.precision`.
         pictures_of: shard -> its uint8 pictures [n, size, size, 3], in the view wanted.
-        are_decoded: shard -> whether its pictures need only be read.
         shards: which ones, in this order.
         batch_size: pictures a forward pass.
-        progress: called with (pictures done, pictures to do).
+        progress: called with (pictures done, pictures to do) from the calling thread.
     """
     encoder = encoder.to(device).to(memory_format=torch.channels_last).eval()
-    total = sum(store.shard_rows(s).stop - store.shard_rows(s).start for s in shards)
-    done = 0
-    size = encoder.backbone.input_size
-    # One place for the floats of all batches: to ask for 19 MB again and again costs the system.
-    images = torch.empty(
-        (batch_size, 3, size, size), device=device, memory_format=torch.channels_last
-    )
-    with _writing_behind() as write:
-        on_cpu = torch.device(device).type == "cpu"
-        ahead = are_decoded if on_cpu else lambda shard: True
-        for shard, fetched in _in_order(shards, pictures_of, ahead):
-            write(fetched.keep)
-            pixels = fetched.pictures
-            values = np.empty((len(pixels), *store.shape[1:]), store.dtype)
-            for start in range(0, len(pixels), batch_size):
-                batch = pixels[start : start + batch_size]
-                features = encode(
-                    encoder,
-                    batch,
-                    pooling=pooling,
-                    blocks=blocks,
-                    precision=precision,
-                    device=device,
-                    out=images[: len(batch)],
-                )
-                values[start : start + len(batch)] = features.cpu().numpy()
-                done += len(batch)
+    sizes = {
+        shard: store.shard_rows(shard).stop - store.shard_rows(shard).start for shard in shards
+    }
+    count = num_streams(encoder, device)
+    done, total = 0, sum(sizes.values())
+    buffers = _Buffers(encoder.backbone.input_size, batch_size, device)
+
+    def compute(read: Callable[[], Pictures], out: FloatArray) -> int:
+        pictures = read()
+        features = encode(
+            encoder,
+            pictures,
+            pooling=pooling,
+            blocks=blocks,
+            precision=precision,
+            device=device,
+            out=buffers.own()[: len(pictures)],
+        )
+        out[:] = features.cpu().numpy()
+        return len(pictures)
+
+    with streams(count) as pool, _decoding_ahead(count) as ahead, _writing_behind() as write:
+
+        def begin(shard: int) -> _ShardInWork:
+            fetched = pictures_of(shard)
+            values = np.empty((sizes[shard], *store.shape[1:]), store.dtype)
+            parts = [slice(i, i + batch_size) for i in range(0, sizes[shard], batch_size)]
+            reads = [ahead(partial(fetched.read, rows)) for rows in parts]
+            batches = [
+                pool.submit(compute, read, values[rows])
+                for read, rows in zip(reads, parts, strict=True)
+            ]
+            return _ShardInWork(shard=shard, values=values, keep=fetched.keep, batches=batches)
+
+        # The next shard is begun before one is waited for, so that no stream is ever idle.
+        for work in _one_ahead(shards, begin):
+            for batch in work.batches:
+                done += batch.result()
                 if progress is not None:
                     progress(done, total)
-            write(partial(store.write_shard, shard, values))
+            write(work.keep)
+            write(partial(store.write_shard, work.shard, work.values))
 
 
 @torch.inference_mode()
@@ -199,18 +218,58 @@ def encode(
     return map_NDhw.float().flatten(2).transpose(1, 2)
 
 
-def _in_order(
-    shards: Sequence[int], read: Callable[[int], Fetched], ahead: Callable[[int], bool]
-) -> Iterator[tuple[int, Fetched]]:
-    """Each shard with what `read` gives for it: in a thread, while the one before is in use, if
-    `ahead` says so, else when it is its turn."""
-    with ThreadPoolExecutor(1) as reader:
-        pending: Future[Fetched] | None = None
-        for place, shard in enumerate(shards):
-            current = read(shard) if pending is None else pending.result()
-            following = shards[place + 1 : place + 2]
-            pending = reader.submit(read, *following) if following and ahead(*following) else None
-            yield shard, current
+@dataclass(frozen=True, kw_only=True)
+class _ShardInWork:
+    """A shard whose batches are on their way."""
+
+    shard: int
+    values: FloatArray
+    keep: Callable[[], None]
+    """Writes the shard's pictures, once all batches are done."""
+    batches: Sequence[Future[int]]
+
+
+class _Buffers(threading.local):
+    """A place for the floats of a batch, one a thread: to ask for 19 MB again and again costs the
+    system."""
+
+    def __init__(self, size: int, batch_size: int, device: torch.device | str) -> None:
+        self._make = partial(
+            torch.empty,
+            (batch_size, 3, size, size),
+            device=device,
+            memory_format=torch.channels_last,
+        )
+        self._images: Tensor | None = None
+
+    def own(self) -> Tensor:
+        if self._images is None:
+            self._images = self._make()
+        return self._images
+
+
+def _one_ahead(shards: Iterable[int], begin: Callable[[int], T]) -> Iterator[T]:
+    """`begin` of each shard, and of the one after it before it is given out."""
+    begun: deque[T] = deque()
+    for shard in shards:
+        begun.append(begin(shard))
+        if len(begun) == 2:
+            yield begun.popleft()
+    yield from begun
+
+
+@contextmanager
+def _decoding_ahead(num_streams: int) -> Iterator[Callable[[Callable[[], T]], Callable[[], T]]]:
+    """Yields a function that has a job done in a thread, and returns what waits for its result.
+    Several streams do their own jobs when it is their turn: they have all cores already."""
+    if num_streams > 1:
+        yield lambda job: job
+        return
+    with ThreadPoolExecutor(default_threads()) as readers:
+        try:
+            yield lambda job: readers.submit(job).result
+        finally:
+            readers.shutdown(cancel_futures=True)
 
 
 @contextmanager

@@ -22,6 +22,8 @@ from .pictures import DECODING, decode_square, default_threads, open_picture
 
 Pictures = npt.NDArray[np.uint8]
 Progress = Callable[[int, int], None]
+PART_ROWS = 8
+"""Pictures that a thread decodes at a time where nothing else is done to them."""
 Square = tuple[int, str]
 """Side and resizing: see `core.images.pictures.decode_square`."""
 
@@ -50,11 +52,14 @@ class PixelSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Fetched:
-    """The pictures of one shard."""
+    """The pictures of one shard, found or still to be decoded."""
 
-    pictures: Pictures
+    read: Callable[[slice], Pictures]
+    """Some rows of the shard, decoded in the calling thread where that is needed; several threads
+    may read different rows. Raises InputError for a picture that cannot be read."""
     keep: Callable[[], None]
-    """Writes them to the stores that lacked them; nothing to do for pictures that were found."""
+    """Once every row was read: writes them to the stores that lacked them; nothing to do for
+    pictures that were found."""
 
 
 class PixelStore:
@@ -87,32 +92,31 @@ class PixelStore:
         )
 
     def fetch(self, shard: int, others: Sequence[PixelStore] = ()) -> Fetched:
-        """The pictures of one shard, decoded if they were not yet, or were damaged.
+        """The pictures of one shard, to be decoded if they were not yet, or were damaged.
 
         `others`: stores of further sizes over the same paths. Those that lack the shard, too, get
-        their squares from the same decoding. Raises InputError for a picture that cannot be read.
+        their squares from the same decoding.
         """
         found: Pictures | None = self.matrix.read_shard(shard)
         if found is not None:
-            return Fetched(pictures=found, keep=lambda: None)
+            return Fetched(read=found.__getitem__, keep=lambda: None)
         stores = [self, *(store for store in others if not store.matrix.has(shard))]
-        squares = decode_pictures(
-            self._paths[self.matrix.shard_rows(shard)],
-            [store.spec.square for store in stores],
-            num_threads=self._num_threads,
-        )
+        paths = self._paths[self.matrix.shard_rows(shard)]
+        squares = [
+            np.empty((len(paths), size, size, 3), np.uint8)
+            for size, _ in (store.spec.square for store in stores)
+        ]
+
+        def read(rows: slice) -> Pictures:
+            parts = [pixels[rows] for pixels in squares]
+            decode_pictures(paths[rows], [store.spec.square for store in stores], parts)
+            return parts[0]
 
         def keep() -> None:
             for store, pixels in zip(stores, squares, strict=True):
                 store.matrix.write_shard(shard, pixels)
 
-        return Fetched(pictures=squares[0], keep=keep)
-
-    def shard(self, shard: int, others: Sequence[PixelStore] = ()) -> Pictures:
-        """As `fetch`, and kept."""
-        fetched = self.fetch(shard, others)
-        fetched.keep()
-        return fetched.pictures
+        return Fetched(read=read, keep=keep)
 
     def fill(
         self,
@@ -120,31 +124,30 @@ class PixelStore:
         progress: Progress | None = None,
         others_of: Callable[[int], Sequence[PixelStore]] = lambda shard: (),
     ) -> None:
-        """Decode these shards; progress is (pictures done, pictures to do). `others_of`: shard ->
-        `others` of `shard`."""
+        """Decode these shards, in threads; progress is (pictures done, pictures to do).
+        `others_of`: shard -> `others` of `fetch`. Raises InputError for a picture that cannot be
+        read."""
         sizes = [self.matrix.shard_rows(s).stop - self.matrix.shard_rows(s).start for s in shards]
-        for place, shard in enumerate(shards):
-            self.shard(shard, others_of(shard))
-            if progress is not None:
-                progress(sum(sizes[: place + 1]), sum(sizes))
+        with ThreadPoolExecutor(self._num_threads or default_threads()) as threads:
+            for place, shard in enumerate(shards):
+                fetched = self.fetch(shard, others_of(shard))
+                parts = [slice(row, row + PART_ROWS) for row in range(0, sizes[place], PART_ROWS)]
+                for _ in threads.map(fetched.read, parts):
+                    pass  # Asked for, so that the first mistake is raised here.
+                fetched.keep()
+                if progress is not None:
+                    progress(sum(sizes[: place + 1]), sum(sizes))
 
 
 def decode_pictures(
-    paths: Sequence[Path], squares: Sequence[Square], *, num_threads: int | None = None
-) -> list[Pictures]:
-    """Pictures as uint8 squares [n, size, size, 3], one array for each of `squares`. Each picture
-    is decoded once, in threads.
+    paths: Sequence[Path], squares: Sequence[Square], out: Sequence[Pictures]
+) -> None:
+    """Write pictures as uint8 squares into arrays [n, size, size, 3], one for each of `squares`.
+    Each picture is decoded once, in the calling thread.
 
     Raises InputError for one that cannot be read.
     """
-    arrays = [np.empty((len(paths), size, size, 3), np.uint8) for size, _ in squares]
-
-    def decode(row: int) -> None:
-        picture = open_picture(paths[row])
-        for (size, resize), pixels in zip(squares, arrays, strict=True):
+    for row, path in enumerate(paths):
+        picture = open_picture(path)
+        for (size, resize), pixels in zip(squares, out, strict=True):
             pixels[row] = decode_square(picture, size, resize=resize)
-
-    with ThreadPoolExecutor(num_threads or default_threads()) as threads:
-        for _ in threads.map(decode, range(len(paths))):
-            pass  # Asked for, so that the first mistake is raised here.
-    return arrays

@@ -109,7 +109,6 @@ class Passes:
             pooling="avg",
             precision=self.spec.precision,
             pictures_of=pixels.fetch,
-            are_decoded=pixels.matrix.has,
             shards=store.missing_shards(),
             device=self.device,
         )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import threading
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -65,24 +64,24 @@ def _encoder(seed: int = 0, name: str = "tiny") -> Encoder:
     return Encoder(Backbone(name=name, input_size=SIZE), network)
 
 
-def _count_pictures(encoder: Encoder) -> list[int]:
+def _note_passed(encoder: Encoder) -> list[int]:
     """Sizes of the encoder's forward passes from now on."""
     sizes: list[int] = []
     encoder.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
     return sizes
 
 
-def _count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sizes of the calls that decode pictures from now on."""
-    sizes: list[int] = []
-    decode = pixels.decode_pictures
+def _note_decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The pictures that are decoded from now on."""
+    decoded: list[Path] = []
+    open_one = pixels.open_picture
 
-    def counting(paths: list[Path], squares: Any, **settings: Any) -> list[pixels.Pictures]:
-        sizes.append(len(paths))
-        return decode(paths, squares, **settings)
+    def noting(path: Path) -> Image.Image:
+        decoded.append(path)
+        return open_one(path)
 
-    monkeypatch.setattr(pixels, "decode_pictures", counting)
-    return sizes
+    monkeypatch.setattr(pixels, "open_picture", noting)
+    return decoded
 
 
 def _pixel_store(cache: Path, paths: list[Path]) -> PixelStore:
@@ -175,7 +174,7 @@ def test_maps_hold_the_places_that_pooled_features_come_from(
 
 def test_no_picture_passes_the_backbone_twice(tmp_path: Path, paths: list[Path]) -> None:
     encoder = _encoder()
-    passed = _count_pictures(encoder)
+    passed = _note_passed(encoder)
     store = _ensure(tmp_path, encoder, paths)
     assert passed == [3, 1, 3, 1, 2]  # batches of at most 3 within shards of 4, 4 and 2
     passed.clear()
@@ -189,13 +188,13 @@ def test_no_picture_passes_the_backbone_twice(tmp_path: Path, paths: list[Path])
 def test_a_second_backbone_of_the_same_size_decodes_nothing(
     tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoded = _count_decoded(monkeypatch)
+    decoded = _note_decoded(monkeypatch)
     first, second = _encoder(), _encoder(seed=1, name="other")
     _ensure(tmp_path, first, paths)
-    assert decoded == [4, 4, 2]
-    passed = _count_pictures(second)
+    assert sorted(decoded) == sorted(paths)
+    passed = _note_passed(second)
     matrix = _ensure(tmp_path, second, paths).open()
-    assert decoded == [4, 4, 2]
+    assert len(decoded) == NUM
     assert sum(passed) == NUM
     expected = _plain_features(second, paths).mean((2, 3))
     np.testing.assert_allclose(matrix, expected, rtol=1e-4, atol=1e-5)
@@ -204,22 +203,22 @@ def test_a_second_backbone_of_the_same_size_decodes_nothing(
 def test_sizes_that_are_known_together_are_cut_from_one_decoding(
     tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoded = _count_decoded(monkeypatch)
+    decoded = _note_decoded(monkeypatch)
     squares = [(SIZE, "squash"), (24, "squash"), (24, "crop")]
     stores = [
         PixelStore(tmp_path, PixelSpec(pictures="abc", input_size=size, resize=resize), paths)
         for size, resize in squares
     ]
-    stores[1].shard(1)  # A kill left this one shard of one size.
-    assert decoded == [4]
+    stores[1].fill([1])  # A kill left this one shard of one size.
+    assert sorted(decoded) == sorted(paths[4:8])
     stores[0].fill([0, 1, 2], others_of=lambda shard: stores)
-    assert decoded == [4, 4, 4, 2]
+    assert sorted(decoded[4:]) == sorted(paths)
     for store, (size, resize) in zip(stores, squares, strict=True):
         assert store.matrix.missing_shards() == []
         expected = [decode_square(open_picture(path), size, resize=resize) for path in paths]
         assert np.array_equal(store.matrix.open(), np.stack(expected))
-        assert np.array_equal(store.shard(2), np.stack(expected[8:]))
-    assert decoded == [4, 4, 4, 2]
+        assert np.array_equal(store.fetch(2).read(slice(None)), np.stack(expected[8:]))
+    assert len(decoded) == 4 + NUM
 
 
 def test_a_damaged_shard_of_pictures_never_reaches_a_backbone(
@@ -230,10 +229,10 @@ def test_a_damaged_shard_of_pictures_never_reaches_a_backbone(
     writable = np.load(store.matrix.folder / "matrix.npy", mmap_mode="r+")
     writable[5] ^= 255
     writable.flush()
-    decoded = _count_decoded(monkeypatch)
+    decoded = _note_decoded(monkeypatch)
     encoder = _encoder()
     matrix = _ensure(tmp_path, encoder, paths).open()
-    assert decoded == [4]
+    assert sorted(decoded) == sorted(paths[4:8])
     expected = _plain_features(encoder, paths).mean((2, 3))
     np.testing.assert_allclose(matrix, expected, rtol=1e-4, atol=1e-5)
 
@@ -299,11 +298,12 @@ def test_a_training_encoder_is_put_in_evaluation_mode(tmp_path: Path, paths: lis
     assert torch.equal(encoder.network[1].running_mean, before)
 
 
-@pytest.mark.parametrize("are_decoded", [True, False])
-def test_pictures_of_the_next_shard_are_read_meanwhile_and_decoded_in_turn(
-    tmp_path: Path, paths: list[Path], are_decoded: bool
+@pytest.mark.parametrize("torch_threads", [1, 2, 3])
+def test_any_number_of_streams_gives_the_same_features(
+    tmp_path: Path, paths: list[Path], torch_threads: int
 ) -> None:
-    """In the order asked for, and away from the main thread where they need only be read."""
+    """In the order asked for, with what is there written meanwhile, and torch's threads left as
+    they were."""
     encoder = _encoder()
     store = feature_store(
         tmp_path,
@@ -311,33 +311,102 @@ def test_pictures_of_the_next_shard_are_read_meanwhile_and_decoded_in_turn(
         num_images=NUM,
         row_shape=feature_shape(encoder, "avg"),
     )
-    stored_when_read: list[tuple[int, int]] = []
+    stored_when_asked: list[tuple[int, int]] = []
     pixel_store = _pixel_store(tmp_path, paths)
-    in_main_thread: list[bool] = []
 
     def pictures_of(shard: int) -> pixels.Fetched:
-        in_main_thread.append(threading.current_thread() is threading.main_thread())
-        stored_when_read.append((shard, NUM // SHARD + 1 - len(store.missing_shards())))
+        stored_when_asked.append((shard, NUM // SHARD + 1 - len(store.missing_shards())))
         return pixel_store.fetch(shard)
 
     seen: list[tuple[int, int]] = []
-    compute_features(
-        encoder,
-        store,
-        pooling="avg",
-        precision=FLOAT32,
-        pictures_of=pictures_of,
-        are_decoded=lambda shard: are_decoded,
-        shards=[2, 0, 1],
-        progress=lambda done, total: seen.append((done, total)),
-    )
-    assert [shard for shard, _ in stored_when_read] == [2, 0, 1]
-    # The first is waited for in any case.
-    assert in_main_thread == [True, not are_decoded, not are_decoded]
-    # One shard may be in work, and one on its way to the disk.
-    assert [stored >= place - 2 for place, (_, stored) in enumerate(stored_when_read)] == [True] * 3
-    assert seen == [(2, NUM), (6, NUM), (10, NUM)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(torch_threads)
+    try:
+        compute_features(
+            encoder,
+            store,
+            pooling="avg",
+            precision=FLOAT32,
+            pictures_of=pictures_of,
+            shards=[2, 0, 1],
+            batch_size=3,
+            progress=lambda done, total: seen.append((done, total)),
+        )
+        assert torch.get_num_threads() == torch_threads
+        new_thread: list[int] = []
+        thread = threading.Thread(target=lambda: new_thread.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert new_thread == [torch_threads]
+        torch.set_num_threads(1)
+        alone = torch.cat(
+            [
+                encode(encoder, _squares(paths[i:j]), pooling="avg")
+                for i, j in [(0, 3), (3, 4), (4, 7), (7, 8), (8, 10)]
+            ]
+        )
+    finally:
+        torch.set_num_threads(before)
+    assert np.array_equal(store.open(), alone)
+    assert [shard for shard, _ in stored_when_asked] == [2, 0, 1]
+    # Two shards may be in work, and one on its way to the disk.
+    assert all(stored >= place - 3 for place, (_, stored) in enumerate(stored_when_asked))
+    assert seen == [(2, NUM), (5, NUM), (6, NUM), (9, NUM), (10, NUM)]
     assert not pixel_store.matrix.missing_shards()
+
+
+def test_pictures_are_normalised_alike_in_any_memory_order() -> None:
+    encoder = _encoder()
+    rng = np.random.default_rng(1)
+    encoder.mean.copy_(torch.tensor([0.1, 0.4, 0.7]).view(3, 1, 1))
+    encoder.std.copy_(torch.tensor([0.5, 1.5, 2.5]).view(3, 1, 1))
+    images = torch.from_numpy(rng.random((2, 3, SIZE, SIZE + 2), dtype=np.float32))
+    seen: list[torch.Tensor] = []
+    encoder.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        encoder(images)
+        encoder(images.to(memory_format=torch.channels_last))
+    expected = (images - encoder.mean) / encoder.std
+    assert torch.equal(seen[0], expected) and torch.equal(seen[1], expected)
+    assert seen[1].is_contiguous(memory_format=torch.channels_last)
+
+
+def _squares(paths: list[Path]) -> pixels.Pictures:
+    return np.stack([decode_square(open_picture(path), SIZE) for path in paths])
+
+
+def test_batches_pass_side_by_side_on_a_cpu(tmp_path: Path, paths: list[Path]) -> None:
+    """The first two meet inside the network: one after the other, the barrier would break."""
+    encoder = _encoder()
+    store = feature_store(
+        tmp_path,
+        describe_features(encoder, pictures="abc", pooling="avg"),
+        num_images=NUM,
+        row_shape=feature_shape(encoder, "avg"),
+    )
+    barrier = threading.Barrier(2)
+    met: list[int] = []
+
+    def meet(module: object, inputs: object) -> None:
+        if len(met) < 2:
+            met.append(barrier.wait(timeout=30))
+
+    encoder.register_forward_pre_hook(meet)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        compute_features(
+            encoder,
+            store,
+            pooling="avg",
+            precision=FLOAT32,
+            pictures_of=_pixel_store(tmp_path, paths).fetch,
+            shards=[0, 1, 2],
+            batch_size=4,
+        )
+    finally:
+        torch.set_num_threads(before)
+    assert sorted(met) == [0, 1]
 
 
 def test_a_picture_that_cannot_be_read_ends_the_work_and_keeps_the_rest(
@@ -348,7 +417,7 @@ def test_a_picture_that_cannot_be_read_ends_the_work_and_keeps_the_rest(
     mixed = [*paths[:5], broken, *paths[6:]]
     with pytest.raises(InputError, match=r"broken\.png: this is not a picture"):
         _ensure(tmp_path, _encoder(), mixed)
-    passed = _count_pictures(encoder := _encoder())
+    passed = _note_passed(encoder := _encoder())
     _ensure(tmp_path, encoder, paths)
     assert sum(passed) == NUM - SHARD  # the first shard was kept
 
@@ -369,7 +438,7 @@ def test_what_cannot_be_written_is_said_also_for_the_last_shard(
         _ensure(tmp_path, _encoder(), paths)
     monkeypatch.undo()
     monkeypatch.setattr(shards, "SHARD_ROWS", SHARD)
-    passed = _count_pictures(encoder := _encoder())
+    passed = _note_passed(encoder := _encoder())
     _ensure(tmp_path, encoder, paths)
     assert sum(passed) == NUM - 2 * SHARD
 
@@ -385,17 +454,19 @@ def test_features_that_are_not_finite_are_refused(tmp_path: Path, paths: list[Pa
 def test_decoded_pictures_are_kept_and_filled_once(
     tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoded = _count_decoded(monkeypatch)
+    decoded = _note_decoded(monkeypatch)
     store = _pixel_store(tmp_path, paths)
-    first = store.shard(1)
-    again = store.shard(1)
+    fetched = store.fetch(1)
+    first = np.concatenate([fetched.read(slice(0, 3)), fetched.read(slice(3, 6))])
+    fetched.keep()
+    again = store.fetch(1).read(slice(None))
     assert np.array_equal(again, first)
     assert again.flags.writeable  # torch warns of memory that is not
-    assert decoded == [4]
+    assert decoded == paths[4:8]
     seen: list[tuple[int, int]] = []
     store.fill(store.matrix.missing_shards(), lambda done, total: seen.append((done, total)))
     assert seen == [(4, 6), (6, 6)]
-    assert decoded == [4, 4, 2]
+    assert sorted(decoded) == sorted(paths)
     expected = np.stack([decode_square(open_picture(path), SIZE) for path in paths])
     assert np.array_equal(store.matrix.open(), expected)
 

@@ -14,8 +14,6 @@ import pytest
 import torch
 
 from core.config import TrialConfig
-from core.data.split import Split, make_split
-from core.data.table import Table, read_table
 from core.encoding import features as core_features
 from core.encoding.encoders import Encoder, build_encoder
 from core.encoding.features import encode
@@ -24,10 +22,8 @@ from core.images import pixels as core_pixels
 from core.images.pictures import decode_square, open_picture
 from core.images.views import BY_NAME, VIEWS, see
 from core.models.model import load_model
-from core.precision import FLOAT32
 from core.probing.probe import train_probes
 from core.report import Status, keep_going
-from core.synth import draw_posters
 from tuner.features.feature_work import ensure_features
 from tuner.finalists.crown import FinalistOptions, crown
 from tuner.finalists.repeats import MAILBOX, Candidate
@@ -43,6 +39,8 @@ from tuner.trials.context import (
     view_folders,
     view_requests,
 )
+
+from ..contexts import drawn_table, small_context
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -74,32 +72,9 @@ class _Runner:
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[Table, Split]:
-    folder = tmp_path_factory.mktemp("drawn")
-    draw_posters(folder, num_images=150, size=(60, 90))
-    table = read_table(folder)
-    return table, make_split(table, groups=range(table.num_images))
-
-
-@pytest.fixture(scope="module")
-def context(drawn: tuple[Table, Split], tmp_path_factory: pytest.TempPathFactory) -> Context:
-    table, split = drawn
-    root = tmp_path_factory.mktemp("study")
-    return Context(
-        study="s",
-        table=table,
-        split=split,
-        pictures="abc",
-        objective="top3_accuracy",
-        seed=0,
-        cache=root / "cache",
-        folder=root / "folder",
-        weights="none",
-        weights_dir=None,
-        rungs=(),
-        precision=FLOAT32,
-        num_threads=1,
-    )
+def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
+    root = tmp_path_factory.mktemp("views")
+    return small_context(drawn_table(root, 150, (60, 90)), root)
 
 
 @pytest.fixture(scope="module")
@@ -168,9 +143,9 @@ def test_each_view_is_computed_once_and_no_picture_decoded_again(
     counts = {"decoded": 0, "encoded": 0}
     plain_decode, plain_encode = core_pixels.decode_pictures, core_features.encode
 
-    def counting_decode(paths, squares, **settings):
+    def counting_decode(paths, squares, out):
         counts["decoded"] += len(paths)
-        return plain_decode(paths, squares, **settings)
+        plain_decode(paths, squares, out)
 
     def counting_encode(encoder, pictures, **settings):
         counts["encoded"] += len(pictures)

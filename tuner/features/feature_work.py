@@ -111,7 +111,7 @@ class FeatureWork:
 
         def pictures_of(shard: int) -> Fetched:
             fetched = part.pixels.fetch(shard, self._others(part, shard))
-            return replace(fetched, pictures=see(fetched.pictures, view))
+            return replace(fetched, read=lambda rows: see(fetched.read(rows), view))
 
         try:
             compute_features(
@@ -121,7 +121,6 @@ class FeatureWork:
                 blocks=part.request.blocks,
                 precision=part.precision,
                 pictures_of=pictures_of,
-                are_decoded=part.pixels.matrix.has,
                 shards=part.shards,
                 device=device,
                 progress=progress,
