@@ -134,3 +134,23 @@ def test_two_processes_append_to_one_file(tmp_path: Path) -> None:
     lines = [tuple(json.loads(line)) for line in path.read_text().splitlines()]
     for name in ("a", "b"):
         assert [n for writer, n in lines if writer == name] == list(range(200))
+
+
+def test_parameters_alone_do_not_wait_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Optuna's own operations: were their codes others, parameters would wait, or others not."""
+    waits = []
+    monkeypatch.setattr("os.fsync", waits.append)
+    study = _study(tmp_path, new=True)
+    waits.clear()
+    trial = study.ask()
+    assert len(waits) == 1
+    for name in "abcdefgh":
+        trial.suggest_float(name, 0, 1)
+    assert len(waits) == 1
+    trial.report(0.5, 1)
+    trial.set_user_attr("driver", "me")
+    study.tell(trial, 0.5)
+    assert len(waits) == 4
+    assert _study(tmp_path).trials[0].params.keys() == set("abcdefgh")

@@ -14,14 +14,15 @@ from pathlib import Path
 from core.errors import InputError
 
 
-def append_whole(path: Path, lines: bytes) -> None:
-    """Append whole lines to a file of a study's folder and bring them to the disk.
+def append_whole(path: Path, lines: bytes, *, waits: bool = True) -> None:
+    """Append whole lines to a file of a study's folder and bring them to the disk; without `waits`
+    the system does so in its own time, or the next call that waits.
 
     Raises InputError, and leaves the file as it was, where that fails. Half a line at its end, of a
     process that was killed, is cut off.
     """
     try:
-        _append(path, lines)
+        _append(path, lines, waits)
     except OSError as error:
         raise InputError(
             f"the study cannot be written ({error.strerror})",
@@ -31,7 +32,7 @@ def append_whole(path: Path, lines: bytes) -> None:
         ) from error
 
 
-def _append(path: Path, lines: bytes) -> None:
+def _append(path: Path, lines: bytes, waits: bool) -> None:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     with os.fdopen(descriptor, "r+b", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -42,7 +43,8 @@ def _append(path: Path, lines: bytes) -> None:
             rest = lines
             while rest:
                 rest = rest[file.write(rest) :]
-            os.fsync(file.fileno())
+            if waits:
+                os.fsync(file.fileno())
         except OSError:
             file.truncate(end)
             raise
