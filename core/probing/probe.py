@@ -36,7 +36,7 @@ from ..metrics import (
 )
 from ..precision import FLOAT32
 from ..report import CohortReport, Metrics, Outcome, Status, keep_going
-from .stack import HeadStack, bytes_of_head, structure
+from .stack import HeadStack, bytes_of_head, in_runs, structure
 
 METRICS: dict[str, Callable[..., Tensor]] = {
     "top3_accuracy": topk_recall,
@@ -177,6 +177,8 @@ def _group(
             for _, validation in task.folds
         )
         views = [view_names.index(view.name) for view in VIEWS[first.views]]
+        # Sorted, a part has few kinds of losses and optimizers, each of which costs calls a step.
+        places = [places[i] for i in in_runs([configs[place] for place in places])]
         count = max(1, min(STACK_BYTES // size, max(PART_HEADS, -(-len(places) // num_parts))))
         for start in range(0, len(places), count):
             part = {p: configs[p] for p in places[start : start + count]}

@@ -19,15 +19,12 @@ from torch import Tensor
 from ..config import TrialConfig
 from ..heads import HEADS, build_head
 from ..losses import LOSSES, Loss, class_weights
-from ..optimizers import OPTIMIZERS, Optimizer, Settings
+from ..optimizers import OPTIMIZERS, Settings
 from ..precision import FLOAT32, autocast
 from ..schedules import rate_factors
 from .stack_layers import csra_logits, layered_logits, masks
+from .stack_updates import StackUpdates
 
-CPU_CHUNK = 1 << 17
-"""Weights updated at a time on a CPU, so that the passes of an update stay in its cache."""
-FEW_HEADS = 8
-"""Below it, biases are updated head by head, too."""
 EVALUATION_VALUES = 1 << 24
 """Outputs of a layer held at once while evaluating: bounds memory, not results."""
 
@@ -86,9 +83,7 @@ class HeadStack:
         self.precision = precision
         num_classes = train_targets_NC.shape[1]
         # Runs of equal loss, then equal optimizer, let each be computed on one slice.
-        self.members = sorted(
-            range(len(configs)), key=lambda i: (configs[i].loss, configs[i].optimizer, i)
-        )
+        self.members = in_runs(configs)
         members = [configs[i] for i in self.members]
         heads = [
             build_head(num_features=num_features, num_classes=num_classes, **head_settings(c))
@@ -133,7 +128,8 @@ class HeadStack:
         logits_BHC = logits_BHC.float()
         losses_H = self.losses(logits_BHC, targets_BC).mean(0)
         grads = torch.autograd.grad(losses_H.sum(), self.params)
-        self._update(grads)
+        self.step_number += 1
+        self._updates(grads, self.step_number)
         return losses_H.detach()
 
     def logits(self, features: Tensor, *, training: bool = False) -> Tensor:
@@ -186,76 +182,6 @@ class HeadStack:
         ]
         return torch.cat(losses, dim=1)
 
-    @torch.no_grad()
-    def _update(self, grads: Sequence[Tensor]) -> None:
-        lr_H = self._rates_HT[:, self.step_number]
-        rates = lr_H.tolist() if self.device.type == "cpu" else []
-        self.step_number += 1
-        for optimizer, run in self._optimizer_runs:
-            fused = optimizer.fused is not None and self.device.type == "cpu"
-            for p, (param, grad) in enumerate(zip(self.params, grads, strict=True)):
-                slots = [slot[p] for slot in self.slots[: optimizer.num_slots]]
-                decaying = p % 2 == 0
-                # Biases are small: there a call for each head costs more than passes over all.
-                if fused and (decaying or run.stop - run.start < FEW_HEADS):
-                    self._update_fused(optimizer, run, param, grad, slots, rates, decaying)
-                else:
-                    self._update_stacked(optimizer, run, param, grad, slots, lr_H, decaying)
-
-    def _update_fused(
-        self,
-        optimizer: Optimizer,
-        run: slice,
-        param: Tensor,
-        grad: Tensor,
-        slots: Sequence[Tensor],
-        rates: Sequence[float],
-        decaying: bool,
-    ) -> None:
-        """Head by head: one pass over each one's weights instead of one an operation."""
-        assert optimizer.fused is not None
-        parts = zip(*(t[run].unbind() for t in (param, grad, *slots)), strict=True)
-        for head, (weights, gradient, *own) in enumerate(parts, run.start):
-            numbers = {**self._numbers[head], "lr": rates[head]}
-            if not decaying:
-                numbers["weight_decay"] = 0.0
-            optimizer.fused(weights, gradient, own, self.step_number, numbers)
-
-    def _update_stacked(
-        self,
-        optimizer: Optimizer,
-        run: slice,
-        param: Tensor,
-        grad: Tensor,
-        slots: Sequence[Tensor],
-        lr_H: Tensor,
-        decaying: bool,
-    ) -> None:
-        """All heads of a run at once, in parts that fit a CPU's cache."""
-        shape = (-1, *[1] * (param.dim() - 1))
-        for part in self._chunks(run, param):
-            heads = part[0]
-            settings = {key: self._settings[key][heads].view(shape) for key in optimizer.parameters}
-            settings["lr"] = lr_H[heads].view(shape)
-            decay = self._settings["weight_decay"][heads].view(shape)
-            settings["weight_decay"] = decay if decaying else torch.zeros_like(decay)
-            own = [slot[part] for slot in slots]
-            optimizer.update(param[part], grad[part], own, self.step_number, settings)
-
-    def _chunks(self, run: slice, param: Tensor) -> Iterator[tuple[slice, slice]]:
-        """Parts of a run of heads, and of their layer's outputs where one head is too big."""
-        num_outputs = param.shape[1]
-        if self.device.type != "cpu":
-            yield run, slice(0, num_outputs)
-            return
-        size = param[0].numel()
-        heads_at_once = max(1, CPU_CHUNK // size)
-        outputs_at_once = max(1, CPU_CHUNK * num_outputs // max(size, CPU_CHUNK))
-        for head in range(run.start, run.stop, heads_at_once):
-            heads = slice(head, min(head + heads_at_once, run.stop))
-            for output in range(0, num_outputs, outputs_at_once):
-                yield heads, slice(output, min(output + outputs_at_once, num_outputs))
-
     # ---- evaluation and leaving -----------------------------------------------------------
 
     def rows_at_once(self, num_places: int) -> int:
@@ -301,7 +227,7 @@ class HeadStack:
 
     def _find_runs(self) -> None:
         """The longest slices of the stack that have one loss, with its settings as the function
-        takes them, and those that have one optimizer; in order."""
+        takes them, and the updates of those that have one optimizer; in order."""
         members = self.member_configs
         self._loss_runs: list[tuple[Loss, slice, dict[str, Any]]] = []
         for name, run in _runs([c.loss for c in members]):
@@ -315,7 +241,14 @@ class HeadStack:
                 settings["class_weights_C"] = self._class_weights_HC[run]
             self._loss_runs.append((LOSSES[name], run, settings))
         optimizers = _runs([c.optimizer for c in members])
-        self._optimizer_runs = [(OPTIMIZERS[name], run) for name, run in optimizers]
+        self._updates = StackUpdates(
+            self.params,
+            self.slots,
+            runs=[(OPTIMIZERS[name], run) for name, run in optimizers],
+            settings=self._settings,
+            numbers=self._numbers,
+            rates_HT=self._rates_HT,
+        )
 
     def _schedule(self, members: Sequence[TrialConfig], steps_per_epoch: int) -> Tensor:
         num_steps = max(c.epochs for c in members) * steps_per_epoch
@@ -346,6 +279,20 @@ class HeadStack:
         ones_C = torch.ones(targets_NC.shape[1])
         rows = [class_weights(c.class_weights, targets_NC.cpu()) for c in members]
         return torch.stack([ones_C if row is None else row for row in rows]).to(self.device)
+
+
+def in_runs(configs: Sequence[TrialConfig]) -> list[int]:
+    """The places of the configs in an order with few runs of equal loss and of equal optimizer:
+    every other loss goes through the optimizers backwards."""
+    losses = sorted({c.loss for c in configs})
+    optimizers = sorted({c.optimizer for c in configs})
+
+    def key(place: int) -> tuple[int, int, int]:
+        loss = losses.index(configs[place].loss)
+        optimizer = optimizers.index(configs[place].optimizer)
+        return loss, -optimizer if loss % 2 else optimizer, place
+
+    return sorted(range(len(configs)), key=key)
 
 
 def _runs(values: Sequence[str]) -> Iterator[tuple[str, slice]]:
