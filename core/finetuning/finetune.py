@@ -26,7 +26,7 @@ from ..images.pixels import Pictures
 from ..metrics import topk_recall
 from ..models.classifier import SCALING, build_classifier, picture_logits, scale_features
 from ..precision import FLOAT32
-from ..probing.probe import METRICS, further_metrics
+from ..probing.group import METRICS, further_metrics
 from ..probing.stack import head_settings
 from ..report import Outcome, Report, Status
 from .batches import Cut, cut_epoch, epoch_order, read_ahead, read_pictures, to_unit

@@ -12,7 +12,7 @@ import optuna
 import pytest
 
 from core.config import MODES, TrialConfig
-from core.probing.probe import METRICS
+from core.probing.group import METRICS
 from tuner.spaces.check import FINETUNE_ONLY, PROBE_ONLY
 from tuner.spaces.domain import Choice
 from tuner.spaces.file import PARTS as PARTS_OF_A_SPACE
@@ -114,8 +114,8 @@ def test_every_probe_of_two_parts_can_seed_its_fine_tuning(name: str) -> None:
     seeds = choose_seeds(records, dataclasses.replace(space, from_probes=NUM_TRIALS))
     assert [seed.number for seed in seeds] == list(range(NUM_TRIALS))
     for seed, probe in zip(seeds, probes, strict=True):
-        for name in ("backbone", "head", "hidden_sizes", "dropout", "loss", "optimizer"):
-            assert seed.point.get(name) == probe.get(name) or name == "dropout"
+        for name in ("backbone", "head", "hidden_sizes", "loss", "optimizer"):
+            assert seed.point.get(name) == probe.get(name)
         assert set(seed.left_out) <= {"batch_size", "epochs", "lr", "weight_decay"}
         space.finetune.to_params(seed.point)
 

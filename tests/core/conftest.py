@@ -7,13 +7,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 
 _TINY = Path(__file__).with_name("tiny_finetuning.py")
 
@@ -43,12 +42,3 @@ def start_tiny() -> Callable[[Path, dict[str, Any]], subprocess.Popen[str]]:
         )
 
     return start
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads cost more than they give at these sizes, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -18,8 +18,8 @@ from torch import Tensor
 from core.encoding.inputs import feature_statistics
 from core.heads import build_head
 from core.metrics import topk_recall
-from core.probing import probe
-from core.probing.probe import METRICS, train_probes
+from core.probing.group import METRICS
+from core.probing.probe import train_probes
 from core.probing.stack import head_settings
 from core.report import Metrics, Status
 
@@ -287,7 +287,7 @@ def test_each_validation_metric_is_computed_once_an_epoch(
             calls.append(name)
             return metric(*args, **kw)
 
-        monkeypatch.setitem(probe.METRICS, name, counting)
+        monkeypatch.setitem(METRICS, name, counting)
     train_all([dataclasses.replace(FEW, epochs=1)], objective=objective)
     assert sorted(calls) == sorted(["top3_accuracy", *{"top3_accuracy", objective}])
 

@@ -17,9 +17,9 @@ from core.config import TrialConfig
 from core.encoding.inputs import feature_statistics
 from core.heads import build_head
 from core.images.views import VIEWS
-from core.probing import probe
+from core.probing import group, probe
 from core.probing.probe import train_probes
-from core.probing.stack import HeadStack, head_settings
+from core.probing.stack import HeadStack, bytes_of_head, head_settings
 
 from .small_probes import (
     FEW,
@@ -166,14 +166,14 @@ def test_a_small_memory_makes_more_stacks_and_the_same_outcomes(
     configs = [dataclasses.replace(FEW, seed=seed) for seed in range(5)]
     whole = train_all(configs)
     sizes: list[int] = []
-    stack = probe.HeadStack
+    stack = group.HeadStack
 
-    def counting(members: list[TrialConfig], **settings: Any) -> probe.HeadStack:
+    def counting(members: list[TrialConfig], **settings: Any) -> group.HeadStack:
         sizes.append(len(members))
         return stack(members, **settings)
 
-    monkeypatch.setattr(probe, "HeadStack", counting)
-    size = probe.bytes_of_head(
+    monkeypatch.setattr(group, "HeadStack", counting)
+    size = bytes_of_head(
         FEW, num_features=D, num_places=1, num_classes=C, num_evaluated=len(VALIDATION)
     )
     monkeypatch.setattr(probe, "STACK_BYTES", 2 * size)
@@ -202,7 +202,7 @@ def test_the_memory_of_a_head_covers_what_a_step_keeps(head: str) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         stack.step(torch.randn(shape), make_data()[1][:64])
-    size = probe.bytes_of_head(
+    size = bytes_of_head(
         config, num_features=D, num_places=num_places, num_classes=C, num_evaluated=0
     )
     assert size / 6 < sum(saved.values()) < size

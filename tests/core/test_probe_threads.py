@@ -12,7 +12,7 @@ from torch import Tensor
 
 from core.config import TrialConfig
 from core.precision import BFLOAT16
-from core.probing import probe
+from core.probing import group, hosts, probe
 from core.probing.probe import train_probes
 from core.report import Outcome, Status
 
@@ -70,13 +70,13 @@ def test_parts_in_threads_train_what_one_stack_trains(
     configs = _heads(20)
     whole = _alone(configs, monkeypatch)
     stacks: list[int] = []
-    build = probe.HeadStack
+    build = group.HeadStack
 
     def counting(parts: list[TrialConfig], **settings: Any) -> Any:
         stacks.append(len(parts))
         return build(parts, **settings)
 
-    monkeypatch.setattr(probe, "HeadStack", counting)
+    monkeypatch.setattr(group, "HeadStack", counting)
     parts = _train(configs)
     assert stacks == [5, 5, 5, 5]  # of each of two shapes, one a thread
     for part, one in zip(parts, whole, strict=True):
@@ -87,7 +87,7 @@ def test_parts_in_threads_train_what_one_stack_trains(
 
 
 def test_few_heads_stay_together(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "ThreadPoolExecutor", None)  # would be called with two stacks
+    monkeypatch.setattr(hosts, "ThreadPoolExecutor", None)  # would be called with two stacks
     assert len(_train([TrialConfig(backbone="ffn", epochs=1, seed=s) for s in range(3)])) == 3
 
 

@@ -146,6 +146,8 @@ class Winner:
     """None: none was asked for."""
     refit: RefitReport | None = None
     """None: none was asked for."""
+    rounding: float = 0.0
+    """See `tuner.finalists.scoring.Scored`."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON; finalists with their mean and spread."""
@@ -316,4 +318,5 @@ def _winner(
         folder=scored.folder,
         ensemble=ensemble,
         refit=refit,
+        rounding=scored.rounding,
     )

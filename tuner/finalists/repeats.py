@@ -256,6 +256,8 @@ def follow_job(
         }
     )
     for event in board.events(repeat.key):
+        if isinstance(event, InputError):
+            return event
         if isinstance(event, Outcome):
             _keep(context, repeat, event)
         else:

@@ -20,18 +20,13 @@ from ..trials.channel import ChannelHandle
 from ..trials.context import Context
 from .ensemble import Part, validation_targets
 from .repeats import MAILBOX, Repeat, rows_of_refit
+from .served_check import check_served
 from .trained import open_trained
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from core.models.served import Member
-
-SERVED_PICTURES = 8
-"""Test pictures on which the saved model must answer as the trained one did."""
-SERVED_TOLERANCE = 0.05
-"""Largest difference of a probability there: features are computed in bfloat16 where that is fast,
-a served model computes in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +52,9 @@ class Scored:
     folder: str
     num_fitted: int
     """Rows that the saved model was trained on."""
+    rounding: float
+    """How far the served model, which computes in float32, is from what was scored: the largest
+    difference of a probability on some test pictures."""
 
 
 def score_and_save(
@@ -66,7 +64,7 @@ def score_and_save(
     import torch
 
     from core.models.evaluation import best_thresholds, evaluate, fit_calibration, learnt_nothing
-    from core.probing.probe import METRICS
+    from core.probing.group import METRICS
 
     place, step, verdict = payload
     table, split = context.table, context.split
@@ -103,7 +101,12 @@ def score_and_save(
         thresholds=thresholds,
         metadata=_metadata(context, verdict, rows),
     )
-    _check_served(context, folder, probabilities.numpy())
+    rounding = check_served(
+        context,
+        folder,
+        tuned=[part.repeat.config.mode == "finetune" for part in verdict.parts],
+        probabilities_NC=probabilities.numpy(),
+    )
     channel.deliver(MAILBOX, (place, step, 1))
     return Scored(
         validation=float(METRICS[context.objective](val_logits_NC, val_targets_NC)),
@@ -111,6 +114,7 @@ def score_and_save(
         learnt_nothing=learnt_nothing(evaluation),
         folder=str(folder),
         num_fitted=len(rows),
+        rounding=rounding,
     )
 
 
@@ -190,16 +194,3 @@ def _metadata(context: Context, verdict: Verdict, fitted: Any) -> dict[str, Any]
             "calibration_and_thresholds": "validation scores of the model before the refit",
         }
     return metadata
-
-
-def _check_served(context: Context, folder: Path, probabilities_NC: Any) -> None:
-    """The saved model, from picture files, must say what was scored from features."""
-    from core.models.model import load_model
-
-    rows = context.split.test[:SERVED_PICTURES]
-    served_NC = load_model(folder).predict([context.table.paths[row] for row in rows])
-    difference = float(np.abs(served_NC - probabilities_NC[: len(rows)]).max())
-    if not difference <= SERVED_TOLERANCE:
-        raise RuntimeError(
-            f"the saved model differs from the trained one by {difference:.3f} on test pictures"
-        )

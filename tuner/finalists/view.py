@@ -11,6 +11,9 @@ from ..views.live import percent
 if TYPE_CHECKING:
     from .crown import Winner
 
+SHOWN_ROUNDING = 0.05
+"""From this difference of a probability on, a person is told."""
+
 
 def finalist_table(winner: Winner) -> Table:
     """A row a finalist, best mean first."""
@@ -62,6 +65,14 @@ def model_lines(winner: Winner) -> list[tuple[str, str]]:
                 "refit",
                 f"on {winner.refit.num_images:,} training and validation pictures, {epochs}; "
                 "thresholds and calibration are from the validation scores before it",
+            )
+        )
+    if winner.rounding > SHOWN_ROUNDING:
+        lines.append(
+            (
+                "precision",
+                f"[yellow]served in float32, a probability differs by up to {winner.rounding:.2f} "
+                "from what was scored: rounding changes what this backbone sees[/]",
             )
         )
     return lines

@@ -42,6 +42,8 @@ def run_cohort(job: Mapping[str, Any], context: Context, channel: ChannelHandle)
     name = job["cohort"]
     configs = [TrialConfig.from_dict(values) for values in job["trials"]]
     report = tune_report(name, context, channel, tune.report)
+    if configs[0].mode != "finetune":
+        start_helpers(context)
 
     def train_loop() -> list[Outcome]:
         return train_cohort(
@@ -65,6 +67,17 @@ def run_cohort(job: Mapping[str, Any], context: Context, channel: ChannelHandle)
         raise
     channel.deliver(name, outcomes)
     tune.report({"epoch": 0, "places": [], "values": []})
+
+
+def start_helpers(context: Context) -> None:
+    """Have processes start that train a part of the heads, where heads train on a CPU. The first
+    cohort does not wait for them."""
+    import torch
+
+    from core.probing import helpers
+
+    if not torch.cuda.is_available():
+        helpers.start_helpers(context.num_threads - 1)
 
 
 def train_cohort(
