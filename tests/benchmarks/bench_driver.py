@@ -15,7 +15,7 @@ import optuna
 from measuring import Bench, benchmark, console, resident_mib, show, verdict
 
 from core.report import Outcome, Status
-from tuner.sampling.registry import build_pruner
+from tuner.sampling.pruners import build_pruner
 from tuner.sampling.reproducible import reproducible_sampler
 from tuner.spaces.space import SearchSpace, load_space
 from tuner.studies.outcomes import OutcomeLog

@@ -83,7 +83,13 @@ def space_of(backbone: str, *, trials: int, epochs: int, batch_size: int = 64) -
 
 
 def prepare(
-    bench: Bench, space: SearchSpace, table: Table, split: Split, workers: Workers
+    bench: Bench,
+    space: SearchSpace,
+    table: Table,
+    split: Split,
+    workers: Workers,
+    *,
+    seed: int = 0,
 ) -> Prepared:
     """A study's folder and context, in a home of its own."""
     home = open_home(bench.scratch / "home")
@@ -95,7 +101,7 @@ def prepare(
         skipped=(),
         fingerprint="",
         num_folds=None,
-        seed=0,
+        seed=seed,
         trials=space.trials,
         storage=None,
         tracking_uri=f"sqlite:///{home.root / 'mlflow.db'}",
@@ -112,7 +118,7 @@ def prepare(
         split=split,
         pictures="bench",
         objective=space.objective,
-        seed=0,
+        seed=seed,
         cache=home.cache,
         folder=study.folder,
         weights=weights,

@@ -116,7 +116,7 @@ def _failed() -> Any:
 def main() -> None:
     import optuna
 
-    from tuner.sampling.registry import SamplerSpec, build_sampler
+    from tuner.sampling.samplers import SamplerSpec, build_sampler
     from tuner.spaces.space import load_space
 
     parser = argparse.ArgumentParser(description=__doc__)

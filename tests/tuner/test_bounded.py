@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import optuna
@@ -14,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tuner.sampling import bounded
 from tuner.sampling.bounded import NUM_BEST, BoundedSampler, selection
+from tuner.sampling.reproducible import ReproducibleSampler
 
 ROUND = 16
 
@@ -84,6 +86,46 @@ def test_it_is_shown_no_more_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> 
     _search(BoundedSampler(_tpe, seed=0, num_shown=40), 96)
     # Once a round, not once a trial.
     assert sizes == [0, 16, 32, 40, 40, 40]
+
+
+def _search_one_after_the_other(sampler: BaseSampler) -> list[dict[str, Any]]:
+    """As the searcher does: each trial is sampled whole before the next is asked for. Some have
+    settings given, some fail, and one of each round is still running in the next."""
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    late: list[tuple[optuna.Trial, float]] = []
+    for number in range(6):
+        study.enqueue_trial({"x": 0.5 * number, "kind": "c"})
+        asked = []
+        for _ in range(8):
+            trial = study.ask()
+            asked.append((trial, _value(trial)))
+        asked += late
+        late = [asked.pop(3)]
+        for place, (trial, value) in enumerate(asked):
+            if place == 5:
+                study.tell(trial, state=TrialState.FAIL)
+            else:
+                study.tell(trial, value)
+    return [trial.params for trial in study.trials]
+
+
+def test_samplers_of_single_trials_share_what_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And propose what they would if each had it put together for itself."""
+    apart = _search_one_after_the_other(
+        ReproducibleSampler(lambda seed: BoundedSampler(_tpe, seed=seed, num_shown=30), seed=3)
+    )
+    rounds = []
+    original = bounded.selection
+
+    def spying(ended: list[FrozenTrial], study: optuna.Study, bound: int) -> list[FrozenTrial]:
+        rounds.append(len(ended))
+        return original(ended, study, bound)
+
+    monkeypatch.setattr(bounded, "selection", spying)
+    first = BoundedSampler(_tpe, seed=0, num_shown=30)
+    together = _search_one_after_the_other(ReproducibleSampler(first.seeded, seed=3))
+    assert together == apart
+    assert len(rounds) == 6, rounds
 
 
 def test_trials_of_a_round_keep_apart() -> None:

@@ -13,9 +13,9 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
 from tuner.drivers.turns import Turns
-from tuner.sampling.registry import SAMPLERS, SamplerSpec
 from tuner.sampling.reproducible import reproducible_sampler
 from tuner.sampling.rounds import rest_of_round, round_size
+from tuner.sampling.samplers import SAMPLERS, SamplerSpec
 from tuner.spaces.file import parse_space
 from tuner.spaces.space import SearchSpace
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tuner.sampling.registry import SAMPLERS
 from tuner.sampling.rounds import rest_of_round, round_size
+from tuner.sampling.samplers import SAMPLERS
 from tuner.spaces.file import parse_space
 from tuner.spaces.space import SearchSpace
 

@@ -13,14 +13,8 @@ import pytest
 
 from core.errors import InputError
 from tuner.sampling import exhaustive
-from tuner.sampling.registry import (
-    PRUNERS,
-    SAMPLERS,
-    PrunerSpec,
-    SamplerSpec,
-    build_pruner,
-    build_sampler,
-)
+from tuner.sampling.pruners import PRUNERS, PrunerSpec, build_pruner, rungs
+from tuner.sampling.samplers import SAMPLERS, SamplerSpec, build_sampler
 from tuner.spaces.file import parse_space
 from tuner.spaces.space import SearchSpace
 
@@ -200,7 +194,7 @@ def test_qmc_covers_each_parameter_evenly_conditions_or_not() -> None:
     assert set(Counter(int((math.log10(lr) + 3) / 3 * 8) for lr in drawn).values()) == {8}
 
 
-def rungs(spec: PrunerSpec, max_epochs: int) -> Counter[int]:
+def ends_of(spec: PrunerSpec, max_epochs: int) -> Counter[int]:
     """At which epoch a study of 27 trials, worse from one to the next, ends each."""
     study = optuna.create_study(direction="maximize", pruner=build_pruner(spec, max_epochs))
     ends: Counter[int] = Counter()
@@ -218,25 +212,73 @@ def rungs(spec: PrunerSpec, max_epochs: int) -> Counter[int]:
 
 
 def test_successive_halving_stops_at_its_rungs() -> None:
-    assert set(rungs(PrunerSpec(options={"min_epochs": 2}), 18)) == {2, 18}
-    assert set(rungs(PrunerSpec(), 27)) == {3, 27}  # a ninth of 27
-    assert set(rungs(PrunerSpec(), 5)) == {1, 5}
+    assert set(ends_of(PrunerSpec(options={"min_epochs": 2}), 18)) == {2, 18}
+    assert set(ends_of(PrunerSpec(), 27)) == {9, 27}  # a third of 27
+    assert set(ends_of(PrunerSpec(), 5)) == {1, 5}
+
+
+@pytest.mark.parametrize(
+    ("options", "max_epochs", "expected"),
+    [
+        ({}, 30, (10,)),
+        ({}, 31, (10,)),  # 30 would end what is all but done
+        ({}, 2, (1,)),
+        ({"min_epochs": 3}, 30, (3, 9)),  # 27 of 30, too
+        ({"min_epochs": 3, "reduction_factor": 2}, 24, (3, 6, 12)),  # half way is early enough
+        ({"min_epochs": 20}, 30, (20,)),  # asked for
+        ({"min_epochs": 30}, 30, ()),
+        ({"min_epochs": 100}, 30, ()),
+    ],
+)
+def test_rungs_of_successive_halving(
+    options: dict[str, int], max_epochs: int, expected: tuple[int, ...]
+) -> None:
+    """By hand; and trials of one value after the other, best last, pass them all."""
+    spec = PrunerSpec(options=options)
+    assert rungs(spec, max_epochs) == expected
+    assert set(ends_of(spec, max_epochs)) <= {*expected, max_epochs}
+
+
+def test_late_bloomers_live_past_a_warm_up() -> None:
+    """Of nine trials one learns slowly and ends best, as under a long warm-up: by default it is not
+    stopped while it warms up, and with a first rung at a ninth it is."""
+    epochs = 27
+    slow = [0.0] * 8 + [1.0] * (epochs - 8)
+    curves = [[0.5 + place / 100] * epochs for place in range(8)] + [slow]
+
+    def ended(spec: PrunerSpec) -> str:
+        study = optuna.create_study(direction="maximize", pruner=build_pruner(spec, epochs))
+        running = [(study.ask(), curve) for curve in curves]
+        for rung in rungs(spec, epochs):
+            for trial, curve in running:
+                trial.report(curve[rung - 1], rung)
+            stopped = [(trial, curve) for trial, curve in running if trial.should_prune()]
+            for trial, _ in stopped:
+                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            running = [pair for pair in running if pair not in stopped]
+        for trial, curve in running:
+            study.tell(trial, max(curve))
+        return study.trials[8].state.name
+
+    assert ended(PrunerSpec()) == "COMPLETE"
+    assert ended(PrunerSpec(options={"min_epochs": epochs // 9})) == "PRUNED"
 
 
 def test_median_spares_the_first_trials_and_epochs() -> None:
     spec = PrunerSpec(name="median", options={"startup_trials": 4, "min_epochs": 3})
-    ends = rungs(spec, 9)
+    ends = ends_of(spec, 9)
     assert ends == {9: 4, 3: 23}
 
 
 def test_no_pruner_stops_nothing() -> None:
-    assert rungs(PrunerSpec(name="none"), 9) == {9: 27}
+    assert ends_of(PrunerSpec(name="none"), 9) == {9: 27}
+    assert rungs(PrunerSpec(name="none"), 9) == ()
 
 
 @pytest.mark.parametrize("min_epochs", [1, 50])
 def test_hyperband_takes_any_first_rung(min_epochs: int) -> None:
     spec = PrunerSpec(name="hyperband", options={"min_epochs": min_epochs})
-    assert sum(rungs(spec, 9).values()) == 27
+    assert sum(ends_of(spec, 9).values()) == 27
 
 
 @pytest.mark.parametrize(

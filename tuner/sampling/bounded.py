@@ -10,7 +10,7 @@ its own, the best trials and an even selection of the rest. Only Optuna's public
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,8 @@ NUM_BEST = 25
 """TPE's good trials are a tenth of all, and at most 25: they are always among those shown."""
 NUM_SHOWN = 250
 """Trials shown: with fewer, a tenth would be less than 25."""
+COPY = "copy"
+"""Marks running trials of the small study that were put into it."""
 _ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -54,15 +56,28 @@ class BoundedSampler(BaseSampler):
     ) -> None:
         self._build = build
         self._seed = seed
-        self._num_shown = num_shown
-        self._as_shown = as_shown
+        self._shown = _SmallStudy(num_shown, as_shown)
+        self._sampler: BaseSampler | None = None
         self._num_ended = -1
-        self._shown: optuna.Study | None = None
         self._twins: dict[int, Trial] = {}
         """By number in the real study: the same trial in the small one."""
 
+    def seeded(self, seed: int) -> BoundedSampler:
+        """The same with another seed. Both show the same small study, so that it is not put
+        together anew for each trial that has a sampler of its own."""
+        other = BoundedSampler(self._build, seed=seed)
+        other._shown = self._shown
+        return other
+
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        self._twins[trial.number] = self._small_study(study).ask()
+        small = self._shown.of(study, asked=self._twins)
+        if self._sampler is None or self._shown.num_ended != self._num_ended:
+            self._num_ended = self._shown.num_ended
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                self._sampler = self._build(self._seed + self._num_ended)
+        small.sampler = self._sampler
+        self._twins[trial.number] = small.ask()
 
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
@@ -85,21 +100,57 @@ class BoundedSampler(BaseSampler):
             self.before_trial(study, trial)
         return _suggest(self._twins[trial.number], param_name, param_distribution)
 
-    def _small_study(self, study: optuna.Study) -> optuna.Study:
+
+class _SmallStudy:
+    """A study of the trials that are shown, put together anew when trials have ended."""
+
+    def __init__(
+        self,
+        num_shown: int,
+        as_shown: Callable[[list[FrozenTrial], optuna.Study], list[FrozenTrial]],
+    ) -> None:
+        self._num_shown = num_shown
+        self._as_shown = as_shown
+        self._study: optuna.Study | None = None
+        self._running: dict[int, dict[str, Any]] = {}
+        """Parameters of the running trials that are in it as copies, by number."""
+        self.num_ended = -1
+
+    def of(self, study: optuna.Study, *, asked: dict[int, Trial]) -> optuna.Study:
+        """It, with what runs in `study` as it runs now. `asked`: the twins in it of whoever asks;
+        those of others are taken out, and the trials shown as they became."""
         ended = study.get_trials(deepcopy=False, states=_ENDED)
-        if self._shown is None or len(ended) != self._num_ended:
-            self._num_ended = len(ended)
-            running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            numbers = {trial.number for trial in running}
-            self._twins = {n: twin for n, twin in self._twins.items() if n in numbers}
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                sampler = self._build(self._seed + self._num_ended)
-            self._shown = optuna.create_study(directions=study.directions, sampler=sampler)
+        running = {
+            trial.number: trial
+            for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        }
+        for number in asked.keys() - running.keys():
+            del asked[number]
+        if self._study is None or len(ended) != self.num_ended or not self._holds(running):
+            self.num_ended = len(ended)
+            self._study = optuna.create_study(directions=study.directions)
             shown = selection(ended, study, self._num_shown)
-            self._shown.add_trials(self._as_shown(shown, study))
-            self._shown.add_trials([_copy(trial) for trial in running if trial.params])
-        return self._shown
+            self._study.add_trials(self._as_shown(shown, study))
+            self._running = {}
+            theirs = running
+        else:
+            own = {twin.number for twin in asked.values() if twin.study is self._study}
+            for left in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                if left.number not in own and COPY not in left.user_attrs:
+                    self._study.tell(left.number, state=TrialState.FAIL)
+            theirs = {n: t for n, t in running.items() if n not in asked}
+        for number, trial in theirs.items():
+            if trial.params and number not in self._running:
+                self._running[number] = trial.params
+                self._study.add_trial(_copy(trial))
+        return self._study
+
+    def _holds(self, running: Mapping[int, FrozenTrial]) -> bool:
+        """Whether its copies of running trials are still true."""
+        return all(
+            number in running and running[number].params == params
+            for number, params in self._running.items()
+        )
 
 
 def selection(
@@ -159,7 +210,10 @@ def _by_dominance(ended: Sequence[FrozenTrial], study: optuna.Study) -> list[Fro
 def _copy(trial: FrozenTrial) -> FrozenTrial:
     """A running trial as the small study can take it: what it set so far."""
     return create_trial(
-        state=TrialState.RUNNING, params=trial.params, distributions=trial.distributions
+        state=TrialState.RUNNING,
+        params=trial.params,
+        distributions=trial.distributions,
+        user_attrs={COPY: True},
     )
 
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 
-from .registry import SAMPLERS, SamplerSpec, build_sampler
+from .bounded import BoundedSampler
+from .samplers import SAMPLERS, SamplerSpec, build_sampler
 
 if TYPE_CHECKING:
     import optuna
@@ -36,6 +37,8 @@ def reproducible_sampler(spec: SamplerSpec, space: SearchSpace, seed: int) -> Ba
     first = build_sampler(spec, space, seed)
     if SAMPLERS[spec.name].one_sequence:
         return first
+    if isinstance(first, BoundedSampler):
+        return ReproducibleSampler(first.seeded, seed=seed)
     return ReproducibleSampler(lambda own: build_sampler(spec, space, own), seed=seed)
 
 

@@ -10,7 +10,8 @@ with the rounds that it would have had.
 from __future__ import annotations
 
 from ..spaces.space import SearchSpace
-from .registry import SAMPLERS, check_name, check_options
+from .options import check_name, check_options
+from .samplers import SAMPLERS
 
 SMALLEST_ROUND = 4
 ROUND_SHARE = 8

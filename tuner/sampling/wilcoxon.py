@@ -68,7 +68,8 @@ def check_folds(space: SearchSpace, num_folds: int | None) -> None:
             where=where,
             hint="search with --folds 5, or take another pruner",
         )
-    from .registry import PRUNERS, WilcoxonOptions, check_options
+    from .options import check_options
+    from .pruners import PRUNERS, WilcoxonOptions
 
     options = check_options("pruner", space.pruner, PRUNERS["wilcoxon"].options)
     assert isinstance(options, WilcoxonOptions)

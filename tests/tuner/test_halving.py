@@ -7,7 +7,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from tuner.sampling.pruning import RungPruner
+from tuner.sampling.halving import RungPruner
 
 RUNGS = (1, 3)
 
