@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,20 +11,20 @@ import torch
 
 from core.data.split import Split, make_split
 from core.data.table import Table, read_table
-from core.encoding.encoders import build_encoder
 from core.errors import InputError
-from core.finetuning.drop_path import set_drop_path
 from core.metrics import prior_scores
-from core.probing.probe import METRICS
+from core.probing.group import METRICS
 
 from .addresses import canonical, check_tracking
+from .backbones import check_backbones
 from .data import CheckedData, check_data, name_in
 from .finalists.crown import AS_USUAL, FinalistOptions
 from .goals.constraints import check_judgeable
 from .home import Home
 from .sampling.wilcoxon import check_folds
 from .spaces.space import SearchSpace
-from .studies.plan import feature_requests
+from .studies.parts import make_plans
+from .studies.plan import Plan
 from .studies.storage import stored_studies
 from .studies.study import (
     StudyRecord,
@@ -33,7 +33,7 @@ from .studies.study import (
     free_name,
     refuse_used_name,
 )
-from .studies.warm_start import NUM_TRIALS
+from .studies.warm_start import NUM_TRIALS, WarmStart, warm_start_of
 from .tracking.artifacts import artifact_url, check_artifacts
 from .tracking.mlflow_store import tracked_studies
 from .trials.cluster import LOCAL, ONE_WORKER, Share, check_address, check_share
@@ -88,6 +88,40 @@ class SearchRequest:
     skip_bad_images: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A study that could start now, and all that a dry run needs."""
+
+    space: SearchSpace
+    """With the points that earlier studies gave."""
+    plans: tuple[Plan, Plan | None]
+    warm: WarmStart | None
+    record: StudyRecord
+    table: Table
+    split: Split
+
+
+def prepare_search(request: SearchRequest, home: Home, console: Console) -> Prepared:
+    """From a request to a study that could start: budgets, first points, and `prepare`.
+
+    Raises InputError for anything that could not work.
+    """
+    plans = make_plans(
+        request.space,
+        trials=request.trials,
+        finetune_trials=request.finetune_trials,
+        hours=request.hours,
+        device_hours=request.device_hours,
+    )
+    warm = warm_start_of(home, request.space, request.from_study, request.from_trials)
+    if warm is not None:
+        request = replace(request, space=warm.space)
+    record, table, split = prepare(request, home, console)
+    return Prepared(
+        space=request.space, plans=plans, warm=warm, record=record, table=table, split=split
+    )
+
+
 def prepare(
     request: SearchRequest, home: Home, console: Console
 ) -> tuple[StudyRecord, Table, Split]:
@@ -112,7 +146,9 @@ def prepare(
     elsewhere = stored_studies(request.storage) | tracked_studies(tracking_uri, model)
     name = request.study or free_name(home, request.space.name, elsewhere, two_parts=two_parts)
     _refuse_used_names(home, name, elsewhere, two_parts=two_parts)
-    _check_backbones(request)
+    fingerprints = check_backbones(
+        request.space, weights=request.weights, weights_dir=request.weights_dir
+    )
     checked = check_with_progress(table, skip_bad=request.skip_bad_images, console=console)
     split = make_split(
         checked.table, seed=request.seed, num_folds=request.num_folds, groups=checked.groups
@@ -137,6 +173,7 @@ def prepare(
         model=model,
         weights=request.weights,
         weights_dir=str(request.weights_dir.resolve()) if request.weights_dir else None,
+        weight_fingerprints=fingerprints,
     )
     return record, checked.table, split
 
@@ -203,41 +240,6 @@ def _check_model_name(name: str) -> None:
             where="--model",
             hint="a name without / and :",
         )
-
-
-def _check_backbones(request: SearchRequest) -> None:
-    """Build every encoder once: weights that are missing or do not fit are said at once, and
-    stochastic depth where there is nothing to skip."""
-    with_drop_path = {name for part in request.space.parts for name in _with_drop_path(part)}
-    for backbone, size in sorted(
-        {(r.backbone, r.image_size) for part in request.space.parts for r in feature_requests(part)}
-    ):
-        encoder = build_encoder(
-            backbone,
-            weights=request.weights,
-            weights_dir=request.weights_dir,
-            input_size=size or None,
-        )
-        if backbone in with_drop_path and not set_drop_path(encoder.network, 0.1):
-            raise InputError(
-                f"{backbone} has no blocks that can be skipped, so it has no drop_path",
-                where=f"space {request.space.name}, drop_path",
-                hint="add `when: {backbone: ...}` with backbones built for it, such as "
-                "convnext_tiny",
-            )
-
-
-def _with_drop_path(space: SearchSpace) -> set[str]:
-    """Backbones that some trial of the space has with a drop path above 0."""
-    if "drop_path" not in space.parameters:
-        return set()
-    parameter = space.parameters["drop_path"]
-    found = set()
-    for values in space.assignments(["backbone", *parameter.parents()]):
-        branch = parameter.active(values)
-        if branch is not None and any(branch.domain.extremes()):
-            found.add(str(values["backbone"]))
-    return found
 
 
 def _check_classes(table: Table, objective: str) -> None:

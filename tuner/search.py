@@ -28,7 +28,7 @@ from .finalists.crown import AS_USUAL, FinalistOptions
 from .finalists.winner import Result, best_candidates, crown_and_register
 from .goals.constraints import check_judgeable
 from .home import Home
-from .preparation import SearchRequest, objective_floor, prepare
+from .preparation import SearchRequest, objective_floor, prepare_search
 from .session import Part, Session, tracked, trials_run
 from .signals import going_on_with, interruption, stoppable
 from .studies.parts import (
@@ -42,7 +42,6 @@ from .studies.plan import Plan
 from .studies.seeds import choose_seeds, seeds_text
 from .studies.storage import stored_studies
 from .studies.study import Study, create_study, trial_records
-from .studies.warm_start import warm_start_of
 from .tracking.artifacts import check_artifacts
 from .trials.cluster import LOCAL, ONE_WORKER, Share, Workers, check_address, check_share, cluster
 from .trials.probe_heads import keep_heads
@@ -69,29 +68,20 @@ class SearchEnd:
 @stoppable()
 def search(request: SearchRequest, home: Home, console: Console) -> SearchEnd:
     """Run a new study to its end. Raises InputError for what cannot work, before it starts."""
-    plans = make_plans(
-        request.space,
-        trials=request.trials,
-        finetune_trials=request.finetune_trials,
-        hours=request.hours,
-        device_hours=request.device_hours,
-    )
-    warm = warm_start_of(home, request.space, request.from_study, request.from_trials)
-    if warm is not None:
-        request = replace(request, space=warm.space)
-    record, table, split = prepare(request, home, console)
-    study = create_study(home, record)
+    ready = prepare_search(request, home, console)
+    table, split = ready.table, ready.split
+    study = create_study(home, ready.record)
     try:
         split.save(study.split_path)
-        if warm is not None:
-            warm.announce(study.folder, table, split, console)
+        if ready.warm is not None:
+            ready.warm.announce(study.folder, table, split, console)
         study.optuna(new=True)
     except BaseException:
         shutil.rmtree(study.folder)  # Nothing is in it yet, and it would block its name.
         raise
     try:
         return run(
-            study, home, console, plans=plans, table=table, split=split,
+            study, home, console, plans=ready.plans, table=table, split=split,
             address=request.address, share=request.share, options=request.finalists,
         )  # fmt: skip
     except InputError:

@@ -15,7 +15,8 @@ from core.data.table import Table
 from core.errors import InputError
 from core.precision import inference_precision
 
-from .budgets.device_time import FEATURES, DeviceMeter, devices_of_trial, open_meter
+from .budgets.device_time import COSTS, FEATURES, DeviceMeter, devices_of_trial, open_meter
+from .budgets.model_costs import notes_of_costs
 from .budgets.speeds import (
     FeatureClock,
     device_name,
@@ -24,10 +25,12 @@ from .budgets.speeds import (
     notes_of_trials,
     rows_an_epoch,
 )
+from .drivers.hardware import keep_hardware
 from .drivers.presence import Driver
 from .features.cache import make_room, pruned_lines
 from .features.extraction import ExtractionProgress, extract
-from .goals.judge import affordable, judge_of
+from .goals.costs import share_costs, unmeasured
+from .goals.judge import Judge, affordable, judge_of
 from .goals.pareto_view import record_front
 from .home import LIMIT_VARIABLE, Home
 from .signals import interruption
@@ -37,7 +40,7 @@ from .studies.outcomes import OutcomeLog
 from .studies.parts import SEEDS_FILE
 from .studies.plan import Plan
 from .studies.shared_record import publish_study
-from .studies.study import Study
+from .studies.study import Study, open_study
 from .tracking.delivery import Delivery
 from .tracking.tracker import Tracker, mlflow_delivery
 from .trials.cluster import Share, Workers
@@ -135,6 +138,8 @@ def trials_run(
     space = study.space()
     if driver is not None and not driver.joins:
         publish_study(study, session.split)
+        if study.record.after is None:
+            keep_hardware(study, space, workers)
     crew = workers.for_trials(session.share) if space.mode == "finetune" else workers
     meter, began = open_meter(study, session.home, crew, plan.device_seconds), time.time()
     view = StudyView(session.console, space, budget=plan.trials, floor=session.floor, meter=meter)
@@ -142,7 +147,7 @@ def trials_run(
     study.watch_storage(view)
     view.tracking_away = lambda: tracker.away
     context = _context(study, session.home, session.table, session.split, plan, workers)
-    judge = judge_of(study, space, context, workers, session.console)
+    judge = _judge(session, study, space, context, workers, meter)
     plan = affordable(plan, space, judge)
     with ExitStack() as holds:
         features = _extract(context, plan, workers, session.home, session.console, holds, meter)
@@ -161,7 +166,7 @@ def trials_run(
         )  # fmt: skip
         keep_notes(session.home, session.console, learned)
         if done and space.minimised and not (driver is not None and driver.joins):
-            record_front(study, space, tracker)
+            record_front(_up_to(study, session.home), space, tracker)
         yield Part(
             study=study, space=space, context=context, features=features, meter=meter, done=done
         )
@@ -189,6 +194,40 @@ def _context(
         num_threads=workers.num_threads,
         memory_bytes=home.memory_limit,
     )
+
+
+def _up_to(study: Study, home: Home) -> list[Study]:
+    """A study, behind the one whose probes it goes on from, if it does."""
+    if study.record.after is None:
+        return [study]
+    first = open_study(home, study.record.after)
+    first.share_storage(study)
+    return [first, study]
+
+
+def _judge(
+    session: Session,
+    study: Study,
+    space: SearchSpace,
+    context: Context,
+    workers: Workers,
+    meter: DeviceMeter,
+) -> Judge:
+    """The study's judge. Measuring what models cost holds a worker, and teaches later quotes. What
+    the probes' part measured is not measured again: the same model has one latency in both."""
+    if space.costs:
+        for earlier in _up_to(study, session.home)[:-1]:
+            share_costs(earlier.optuna(), study.optuna(), space)
+    missing = unmeasured(study.optuna(), space)
+    if not missing:
+        return judge_of(study, space, context, workers, session.console)
+    started = time.monotonic()
+    with meter.busy(COSTS, devices=devices_of_trial(workers)):
+        judge = judge_of(study, space, context, workers, session.console)
+    found = {shape: judge.costs[shape] for shape in missing}
+    notes = notes_of_costs(device_name(workers), found, time.monotonic() - started)
+    keep_notes(session.home, session.console, notes)
+    return judge
 
 
 def _extract(

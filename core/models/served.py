@@ -120,6 +120,11 @@ class Classifier:
         self.input_size = max(size for size, _ in self._sources)
         """Side of the square that a picture becomes; of several, the largest."""
 
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """On the device, as they predict."""
+        return tuple(self._members)
+
     def predict(
         self, pictures: Sequence[bytes | Path], *, batch_size: int = 32
     ) -> npt.NDArray[np.float32]:

@@ -1,9 +1,9 @@
 """How long a study has kept devices busy, over all of its sessions and drivers, and its limit.
 
 A device is a GPU, or a machine's cores where there are none. What counts is the time for which
-trials, feature extraction and finalists hold devices, whether they use them well or not: that is
-what a bill counts. Each session keeps its own sums in the attributes of the Optuna study, so that
-a resumed study and a second driver see all; a kill loses at most SAVE_SECONDS of them.
+measuring costs, feature extraction, trials and finalists hold devices, whether they use them well
+or not: that is what a bill counts. Each session keeps its own sums in the attributes of the Optuna
+study, so that a resumed study and a second driver see all; a kill loses at most SAVE_SECONDS.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 PREFIX = "device_seconds:"
 """Optuna study attribute of a session: this and a random name."""
-FEATURES, TRIALS, FINALISTS = "features", "trials", "finalists"
+COSTS, FEATURES, TRIALS, FINALISTS = "costs", "features", "trials", "finalists"
 WALL = "wall"
 """Beside the device seconds of a session: the seconds from its start to its end."""
-BUSY = (FEATURES, TRIALS, FINALISTS)
+BUSY = (COSTS, FEATURES, TRIALS, FINALISTS)
 SAVE_SECONDS = 30.0
 LOOK_SECONDS = 5.0
 """How often the sums of other sessions are read, as they may be running now."""

@@ -19,15 +19,18 @@ from .speed_test import Stopwatch, measure_features, measure_finetuning
 from .speeds import device_name, training_key
 
 if TYPE_CHECKING:
+    from ..studies.plan import Plan
     from .quoting import Subject
 
 
-def look_at_encoders(subject: Subject, precision: str) -> Iterator[tuple[Encoder, list[Features]]]:
-    """Every encoder of the study, one at a time in memory, with how much of its matrices the cache
-    holds. Nothing is made there."""
+def look_at_encoders(
+    subject: Subject, plans: Sequence[Plan], precision: str
+) -> Iterator[tuple[Encoder, list[Features]]]:
+    """Every encoder that the plans' trials read, one at a time in memory, with how much of its
+    matrices the cache holds. Nothing is made there."""
     done = {store.folder: store.num_done for store in list_stores(subject.home.cache)}
     pictures = subject.table.picture_fingerprint()
-    requests = sorted({request for _, plan, _ in subject.parts for request in plan.requests})
+    requests = sorted({request for plan in plans for request in plan.requests})
     for (backbone, size), group in itertools.groupby(
         requests, key=lambda request: (request.backbone, request.image_size)
     ):

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from ..addresses import without_password
 from ..goals.constraints import goals_text
-from ..preparation import SearchRequest, prepare
+from ..preparation import SearchRequest, prepare_search
 from ..spaces.space import SearchSpace
-from ..studies.parts import make_plans
-from ..studies.warm_start import warm_start_of
 from ..trials.cluster import LOCAL
 from .quote_view import features_text, quote_rows
 from .quoting import Subject, quote_of, this_machine
@@ -29,18 +26,10 @@ _PART_NAMES = {"probe": "probe part", "finetune": "fine-tuning part"}
 
 def print_plan(request: SearchRequest, home: Home, console: Console) -> None:
     """Check everything, as a search does before it starts; then the plan, and the quote."""
-    plans = make_plans(
-        request.space,
-        trials=request.trials,
-        finetune_trials=request.finetune_trials,
-        hours=request.hours,
-        device_hours=request.device_hours,
-    )
-    warm = warm_start_of(home, request.space, request.from_study, request.from_trials)
-    if warm is not None:
-        request = replace(request, space=warm.space)
-    record, table, split = prepare(request, home, console)
-    parts = [(space, plan) for space, plan in zip(request.space.parts, plans, strict=False) if plan]
+    ready = prepare_search(request, home, console)
+    record, table, split, warm = ready.record, ready.table, ready.split, ready.warm
+    pairs = zip(ready.space.parts, ready.plans, strict=False)
+    parts = [(space, plan) for space, plan in pairs if plan is not None]
     subject = Subject(
         home=home,
         table=table,
@@ -62,7 +51,7 @@ def print_plan(request: SearchRequest, home: Home, console: Console) -> None:
     held_out = f"{len(split.train):,} train, {len(split.validation):,} validation"
     lines.add_row("split", f"{held_out}, {len(split.test):,} test")
     for (space, plan), quoted in zip(parts, quote.parts, strict=True):
-        _add_part(lines, request.space, space, plan, quoted)
+        _add_part(lines, ready.space, space, plan, quoted)
     lines.add_row("MLflow", without_password(record.tracking_uri))
     lines.add_row("model", record.model)
     for name, text in quote_rows(quote):

@@ -22,6 +22,7 @@ from ..spaces.space import SearchSpace
 from ..studies.plan import Plan
 from ..trials.context import request_of
 from .calibration import NOTHING, Calibration, Estimate, Line, within
+from .model_costs import CostsAhead, measuring_seconds
 from .prices import Features, epochs_share, feature_seconds, training_seconds
 from .speeds import SESSION, cohort_key, extraction_key, finalists_key, first_key
 
@@ -37,6 +38,7 @@ FINALISTS = {
     "finetune": Line(fixed=20.0, slope=1.1, factor=2.0),
 }
 FIRST_COHORT = within(10.0, 2.0)
+NO_COSTS = CostsAhead()
 SESSION_SECONDS = within(25.0, 2.5)
 """Ray's start and end, and the registration, where no study has shown it."""
 
@@ -68,6 +70,8 @@ class Part:
     features: tuple[Features, ...]
     extractors: Crew
     trainers: Crew
+    costs: CostsAhead = NO_COSTS
+    """What measuring costs takes, and what they will have refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,12 @@ class PartQuote:
     features: tuple[tuple[Features, Estimate], ...]
     extraction: Estimate
     training: Estimate
+    measuring: Estimate = NOTHING
+    """Of the costs of models."""
+    num_measured: int = 0
+    """Kinds of models whose costs are to be measured."""
+    refused: Estimate | None = NOTHING
+    """Trials that end untrained, as their cost violates a constraint; None: not known yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,15 +141,12 @@ def make_quote(
         )
         extraction = _extraction(part, features, calibration)
         training = _training(part, precision, rows, calibration)
+        measuring = measuring_seconds(part.costs, part.extractors.device, calibration)
         # Extraction workers share the work of one; trials run side by side.
-        begun, crew = seconds + extraction, part.trainers
+        begun, crew = seconds + measuring + extraction, part.trainers
+        device_seconds += measuring * part.extractors.devices
         device_seconds += extraction * (part.extractors.count * part.extractors.devices)
-        limits = []
-        if part.plan.seconds is not None:
-            limits.append(max(0.0, part.plan.seconds - begun.value) * crew.count)
-        if part.plan.device_seconds is not None:
-            left = part.plan.device_seconds - used - device_seconds.value
-            limits.append(max(0.0, left) / crew.devices)
+        limits = _limits(part, begun.value, used + device_seconds.value)
         wanted = max(0, part.plan.trials - part.done)
         training, trials = _within_limits(training, wanted, limits)
         quoted.append(
@@ -150,6 +157,9 @@ def make_quote(
                 features=features,
                 extraction=extraction,
                 training=training,
+                measuring=measuring,
+                num_measured=part.costs.num_unmeasured,
+                refused=_refused(trials, part.costs),
             )
         )
         seconds = begun + training * (1 / max(1, min(crew.count, trials)))
@@ -198,18 +208,34 @@ def _training(part: Part, precision: str, rows: int, calibration: Calibration) -
         return NOTHING
     epoch = _mean_epoch(part, precision, rows, calibration)
     share = epochs_share(part.space, part.plan, calibration)
+    kept = part.costs.kept * trials
     total = Estimate(
-        low=epoch.low * share.low, value=epoch.value * share.value, high=epoch.high * share.high
+        low=epoch.low * share.low * kept.low,
+        value=epoch.value * share.value * kept.value,
+        high=epoch.high * share.high * kept.high,
     )
     mode, device = part.space.mode, part.trainers.device
     line = calibration.line(cohort_key(device, mode)) or COHORT[mode]
     first = calibration.number(first_key(device, mode)) or FIRST_COHORT
+    num_kept = math.ceil(kept.value)
+    if not num_kept:
+        return NOTHING
     if mode == "finetune":
-        return first + _along(line, total * trials, trials - 1)
-    rounds = math.ceil(trials / part.space.cohort_size)
+        return first + _along(line, total, num_kept - 1)
+    rounds = math.ceil(num_kept / part.space.cohort_size)
     kinds = len({request_of(config) for config in part.configs})
-    cohorts = min(trials, rounds * min(kinds, part.space.cohort_size))
-    return first + _along(line, total * (trials / part.trainers.threads), cohorts - 1)
+    cohorts = min(num_kept, rounds * min(kinds, part.space.cohort_size))
+    return first + _along(line, total * (1 / part.trainers.threads), cohorts - 1)
+
+
+def _refused(trials: int, costs: CostsAhead) -> Estimate | None:
+    """How many of so many trials end untrained."""
+    if not costs.known:
+        return None
+    kept = costs.kept
+    return Estimate(
+        low=trials * (1 - kept.high), value=trials * (1 - kept.value), high=trials * (1 - kept.low)
+    )
 
 
 def _mean_epoch(part: Part, precision: str, rows: int, calibration: Calibration) -> Estimate:
@@ -244,6 +270,17 @@ def _along(line: Line, part: Estimate, times: float) -> Estimate:
         value=line(part.value, times).value,
         high=line(part.high, times).high,
     )
+
+
+def _limits(part: Part, begun: float, used: float) -> list[float]:
+    """Seconds of trials, one after another, that each budget of time leaves, `begun` seconds after
+    the start and after `used` device seconds."""
+    limits = []
+    if part.plan.seconds is not None:
+        limits.append(max(0.0, part.plan.seconds - begun) * part.trainers.count)
+    if part.plan.device_seconds is not None:
+        limits.append(max(0.0, part.plan.device_seconds - used) / part.trainers.devices)
+    return limits
 
 
 def _within_limits(

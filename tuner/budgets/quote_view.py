@@ -55,13 +55,26 @@ def features_text(features: Features, seconds: Estimate) -> str:
     return f"{label}: {missing:,} pictures{cached}, {range_text(seconds)}"
 
 
+def refused_text(refused: Estimate | None) -> str:
+    """Trials that end untrained: `about 12 (0 to 20) trials end untrained, in no time`."""
+    if refused is None:
+        return "not known before costs are measured: all trials are counted as trained"
+    low, value, high = (round(number) for number in (refused.low, refused.value, refused.high))
+    return f"about {value} ({low} to {high}) of the trials end untrained, and take no time"
+
+
 def quote_rows(quote: Quote) -> list[tuple[str, str]]:
     """Names and values for a dry run."""
     rows = []
     for part in quote.parts:
         name = "" if len(quote.parts) == 1 else f", {part.mode}"
+        if part.num_measured:
+            kinds = f"costs of {part.num_measured} kinds of models take"
+            rows.append((f"{kinds}{name}", range_text(part.measuring)))
         rows.append((f"features take{name}", range_text(part.extraction)))
         rows.append((f"{trials_text(part)} take{name}", range_text(part.training)))
+        if part.refused is None or part.refused.high:
+            rows.append((f"refused by constraints{name}", refused_text(part.refused)))
     rows.append(("finalists take", range_text(quote.finalists)))
     rows.append(("in all", range_text(quote.seconds)))
     rows.append(("device-hours", hours_range(quote.device_seconds)))

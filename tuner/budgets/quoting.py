@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,8 @@ from core.encoding.shards import write_json
 from core.precision import inference_precision
 
 from ..finalists.crown import FinalistOptions
+from ..goals.costs import Costs, Shape, read_costs, shapes_of
+from ..goals.judge import affordable
 from ..home import Home
 from ..signals import interruption
 from ..spaces.space import SearchSpace
@@ -29,9 +31,10 @@ from ..studies.parts import studies_of
 from ..studies.plan import Plan
 from ..trials.cluster import ONE_WORKER, Share, Workers
 from ..trials.context import FeatureRequest
-from .calibration import read_calibration
+from .calibration import Calibration, read_calibration
 from .device_time import WALL, DeviceMeter, busy_seconds, devices_of_trial, used_by
 from .encoder_speeds import look_at_encoders, measure_encoder
+from .model_costs import costs_ahead, trained
 from .prices import Features
 from .quote import Crew, Part, Quote, draw_configs, make_quote
 from .quote_view import FILE, quote_line
@@ -69,6 +72,8 @@ class Subject:
     share: Share = ONE_WORKER
     used: float = 0.0
     """Device seconds that the study has used already."""
+    costs: tuple[Mapping[Shape, Costs], ...] = ()
+    """Of each part that has begun: what its study has measured of its models."""
 
 
 def quote_of(subject: Subject, *, measure_seconds: float = MOST_SECONDS) -> Quote:
@@ -77,10 +82,11 @@ def quote_of(subject: Subject, *, measure_seconds: float = MOST_SECONDS) -> Quot
     calibration = read_calibration(subject.home.root)
     precision = inference_precision("cuda" if subject.workers.gpus else "cpu")
     watch = Stopwatch(seconds=measure_seconds)
-    parts = [_part(subject, space, plan, done) for space, plan, done in subject.parts]
+    parts = [_part(subject, place, calibration) for place in range(len(subject.parts))]
     known: dict[FeatureRequest, Features] = {}
     shapes: dict[FeatureRequest, tuple[int, ...]] = {}
-    for encoder, features in look_at_encoders(subject, precision):
+    plans = [part.plan for part in parts]
+    for encoder, features in look_at_encoders(subject, plans, precision):
         known |= {one.request: one for one in features}
         for one in features:
             if one.request.pooling != PIXELS:
@@ -198,17 +204,26 @@ def _subject_of(
         workers=workers,
         share=session.share,
         used=used,
+        costs=tuple(read_costs(part.optuna()) for part in studies),
     )
 
 
-def _part(subject: Subject, space: SearchSpace, plan: Plan, done: int) -> Part:
-    workers = subject.workers
+def _part(subject: Subject, place: int, calibration: Calibration) -> Part:
+    (space, plan, done), workers = subject.parts[place], subject.workers
+    configs = draw_configs(space)
+    # The second part takes over what the first one measured.
+    measured = {shape: own for known in subject.costs[: place + 1] for shape, own in known.items()}
+    before = [shape for earlier, *_ in subject.parts[:place] for shape in shapes_of(earlier)]
+    costs = costs_ahead(space, configs, measured, device_name(workers), calibration, before=before)
+    if costs.judge is not None:
+        plan = affordable(plan, space, costs.judge)
     trainers = workers.for_trials(subject.share) if space.mode == "finetune" else workers
     return Part(
         space=space,
         plan=plan,
         done=done,
-        configs=draw_configs(space),
+        configs=trained(configs, costs),
+        costs=costs,
         features=(),
         extractors=_crew(workers),
         trainers=_crew(trainers),

@@ -19,7 +19,7 @@ from core.probing.stack import structure
 from core.report import Status
 
 from ..finalists.repeats import FOLDER, RECORD
-from ..sampling.registry import PrunerSpec
+from ..sampling.pruners import PrunerSpec
 from ..trials.context import FeatureRequest, request_of
 from .calibration import Note, learn
 from .device_time import FINALISTS, DeviceMeter

@@ -13,6 +13,7 @@ from core.data.table import Table, read_table
 from core.errors import InputError
 
 from ..addresses import canonical, without_password
+from ..backbones import check_same_weights
 from ..data import name_in, reread_table, without_rows
 from ..home import Home
 from ..preparation import check_with_progress
@@ -53,6 +54,7 @@ def study_here(
         table = reread_table(
             dict(record.data), skipped=record.skipped, fingerprint=record.fingerprint
         )
+        _check_weights(record, study, console)
         return study, table, Split.load(study.split_path, table)
     if flags.storage is None:
         raise InputError(
@@ -78,9 +80,10 @@ def study_here(
             where=where,
             hint=f"try again in a moment; or go on where it began: tuner resume {name}",
         )
-    first_part(Study(home.studies / name, published))
+    there = first_part(Study(home.studies / name, published))
     record = _as_here(dataclasses.replace(published, storage=url), flags)
     table, split = _table_and_split(record, state, console)
+    _check_weights(record, there, console)
     study = create_study(home, record)
     try:
         split.save(study.split_path)
@@ -121,6 +124,26 @@ def _stored(url: str, name: str, home: Home) -> optuna.Study:
 
     storage = open_storage(url, home.studies / name)
     return optuna.load_study(study_name=name, storage=storage)
+
+
+def _check_weights(record: StudyRecord, study: Study, console: Console) -> None:
+    """Raises InputError if a backbone's weights here are not those that the study began with.
+
+    `record`: with the weights as they are here. `study`: for its space.
+    """
+    if not record.weight_fingerprints:
+        console.print(
+            "this study began with a version that noted no weights: they are not compared",
+            style="yellow", highlight=False,
+        )  # fmt: skip
+        return
+    with console.status("comparing the weights of the backbones"):
+        check_same_weights(
+            study.space(),
+            record.weight_fingerprints,
+            weights=record.weights,
+            weights_dir=Path(record.weights_dir) if record.weights_dir else None,
+        )
 
 
 def _table_and_split(

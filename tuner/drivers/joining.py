@@ -3,7 +3,8 @@
 The first driver (search, resume) prepares the study and ends it: points to begin with, the second
 part, finalists, the winner. A joiner asks for trials within the first one's budget until all have
 ended, and goes on alone if the first one dies. In a home of its own it rebuilds the study from what
-the first one published, and runs nothing unless table and split are the same.
+the first one published, and runs nothing unless table, split and weights are the same, and where
+latency counts the hardware, too.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from ..tracking.mlflow_store import tracked_studies
 from ..tracking.tracker import Tracker
 from ..trials.cluster import LOCAL, ONE_WORKER, Share, Workers, check_address, check_share, cluster
 from ..trials.probe_heads import keep_heads
+from .hardware import check_hardware
 from .join_home import JoinFlags, second_part, study_here
 from .presence import Driver, driving
 from .turns import SharedBudget, published_budget
@@ -64,8 +66,8 @@ def join(
 ) -> JoinEnd:
     """Run trials of the study `name` until its budget is spent and all trials have ended.
 
-    Raises InputError for what cannot work: no such study, other data, another split, an MLflow or
-    a Ray that does not answer.
+    Raises InputError for what cannot work: no such study, other data, another split, other weights
+    or hardware, an MLflow or a Ray that does not answer.
     """
     check_address(address)
     study, table, split = study_here(name, home, console, flags)
@@ -80,18 +82,16 @@ def join(
     going_on_with(f"tuner join {name}")
     try:
         with driving(study, joins=True) as driver:
-            plan, finetune_plan = make_plans(
-                space,
-                trials=_first_budget(study, driver).trials,
-                device_hours=study.record.device_hours,
-            )
-            with (
-                cluster(address) as workers,
-                _joined(session, study) as tracker,
-                trials_run(session, study, plan, workers, tracker, driver) as part,
-            ):
-                if finetune_plan is not None:
-                    parts += _join_finetune(session, part, finetune_plan, workers, driver)
+            plan, finetune_plan = make_plans(space)
+            plan = _within(plan, _first_budget(study, driver))
+            with cluster(address) as workers:
+                check_hardware(study, space, workers)
+                with (
+                    _joined(session, study) as tracker,
+                    trials_run(session, study, plan, workers, tracker, driver) as part,
+                ):
+                    if finetune_plan is not None:
+                        parts += _join_finetune(session, part, finetune_plan, workers, driver)
             led = driver.led
     except BaseException as error:
         stopped_by = interruption(error)
@@ -120,6 +120,11 @@ def _budget_of(study: Study, driver: Driver) -> SharedBudget | None:
     while (budget := published_budget(state)) is None and driver.led:
         time.sleep(WAIT_SECONDS)
     return budget or published_budget(state)
+
+
+def _within(plan: Plan, budget: SharedBudget) -> Plan:
+    """The plan with the first driver's budget: what the record began with may be outdated."""
+    return dataclasses.replace(plan, trials=budget.trials, device_seconds=budget.device_seconds)
 
 
 @contextmanager
@@ -171,7 +176,7 @@ def _join_finetune(
     trials = tuple(trial_records(probes.study.optuna(), probes.space))
     with session.console.status("keeping the heads of the best probes"):
         keep_heads(study.folder, study.space(), trials, probes.features, probes.context, workers)
-    plan = dataclasses.replace(plan, trials=budget.trials)
+    plan = _within(plan, budget)
     with (
         _joined(session, study) as tracker,
         trials_run(session, study, plan, workers, tracker, driver),

@@ -8,6 +8,7 @@ trial no longer counts. Without a driver, the study is this process' alone.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from ..spaces.space import SearchSpace
 
 BUDGET = "budget"
-"""Optuna study attribute: how many trials there may be, set by the first driver."""
+"""Optuna study attribute: what there may be of trials and of time, set by the first driver."""
 LOOK_SECONDS = 2.0
 """The storage is asked at most so often what the other drivers do."""
 
@@ -40,13 +41,15 @@ class SharedBudget:
     """The first driver's word to the others."""
 
     trials: int
+    device_seconds: float | None = None
+    """Of all drivers and sessions together, after which no trial is started; None: no limit."""
     closed: bool = False
     """Whether no further trial may be asked for: the time is over."""
 
 
 def publish_budget(study: optuna.Study, budget: SharedBudget) -> None:
-    """Tell joiners how many trials there may be; before that they ask for none."""
-    study.set_user_attr(BUDGET, {"trials": budget.trials, "closed": budget.closed})
+    """Tell joiners what there may be; before that they ask for no trial."""
+    study.set_user_attr(BUDGET, dataclasses.asdict(budget))
 
 
 def published_budget(study: optuna.Study) -> SharedBudget | None:
@@ -64,6 +67,7 @@ class Turns:
         trials: the budget; None to follow the one that the first driver published.
         on_adopted: hears the numbers of trials that are taken over, before they are run.
         on_ended_elsewhere: hears of each trial that another driver ended.
+        on_budget: hears the budget that is followed, at every look.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Turns:
         trials: int | None,
         on_adopted: Callable[[Sequence[int]], None] = lambda _: None,
         on_ended_elsewhere: Callable[[FrozenTrial], None] = lambda _: None,
+        on_budget: Callable[[SharedBudget], None] = lambda _: None,
     ) -> None:
         self.reported: dict[int, set[int]] = {}
         """By number of a trial: epochs whose value Optuna has heard."""
@@ -86,6 +91,7 @@ class Turns:
         self._trials = trials
         self._on_adopted = on_adopted
         self._on_ended_elsewhere = on_ended_elsewhere
+        self._on_budget = on_budget
         self._looked = -math.inf
         self._budget = 0
         self._asked = 0
@@ -170,6 +176,8 @@ class Turns:
         if self._trials is None:
             budget = published_budget(self._study)
             self._budget = 0 if budget is None or budget.closed else budget.trials
+            if budget is not None:
+                self._on_budget(budget)
 
     # ---- the others -----------------------------------------------------------------------
 
@@ -214,7 +222,9 @@ class Turns:
     def close(self) -> None:
         """If this driver ends the study: nobody asks for further trials."""
         if self._driver is not None and not self._driver.joins and self.left:
-            publish_budget(self._study, SharedBudget(trials=self._budget, closed=True))
+            budget = published_budget(self._study) or SharedBudget(trials=self._budget)
+            budget = dataclasses.replace(budget, trials=self._budget, closed=True)
+            publish_budget(self._study, budget)
 
     def settled(self, finished: Sequence[FrozenTrial]) -> list[int]:
         """Numbers of those that no other living driver ended: it may be writing them yet."""

@@ -110,6 +110,22 @@ def measured_costs(
     return {shape: known[shape] for shape in shapes}
 
 
+def unmeasured(study: optuna.Study, space: SearchSpace) -> list[Shape]:
+    """The shapes of a space whose costs count and are not known to the study."""
+    if not space.costs:
+        return []
+    known = read_costs(study)
+    return [shape for shape in shapes_of(space) if shape not in known]
+
+
+def share_costs(earlier: optuna.Study, study: optuna.Study, space: SearchSpace) -> None:
+    """Let a study know what an earlier one measured of the shapes that both have."""
+    found, missing = read_costs(earlier), unmeasured(study, space)
+    shared = {shape: found[shape] for shape in missing if shape in found}
+    if shared:
+        keep_costs(study, read_costs(study) | shared)
+
+
 def read_costs(study: optuna.Study) -> dict[Shape, Costs]:
     """What the study knows."""
     rows = study.user_attrs.get(ATTRIBUTE, [])

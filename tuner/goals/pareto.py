@@ -48,10 +48,29 @@ def layers(values: Sequence[Sequence[float]], *, enough: int | None = None) -> l
 def front(trials: Sequence[TrialRecord], space: SearchSpace) -> list[TrialRecord]:
     """The trials on the front of a study, best first objective first; of equals, the earlier.
     Of one objective, the best trials."""
-    complete = [t for t in trials if t.status == Status.COMPLETE and t.value is not None]
-    rows = layers([objectives_of(trial, space) for trial in complete])
-    best = [trial for trial, layer in zip(complete, rows, strict=True) if layer == 0]
-    return sorted(best, key=lambda t: (-(t.value or 0.0), t.number))
+    return [trial for _, trial in joint_front([(space.name, trials)], space)]
+
+
+def joint_front(
+    parts: Sequence[tuple[str, Sequence[TrialRecord]]], space: SearchSpace
+) -> list[tuple[str, TrialRecord]]:
+    """The trials on the one front of several studies with the same objectives, each with its
+    study's name, best first objective first; of equals, those of the earlier study.
+
+    Args:
+        parts: names and trials of the studies.
+        space: of one of them.
+    """
+    complete = [
+        (place, name, trial)
+        for place, (name, trials) in enumerate(parts)
+        for trial in trials
+        if trial.status == Status.COMPLETE and trial.value is not None
+    ]
+    rows = layers([objectives_of(trial, space) for _, _, trial in complete])
+    best = [one for one, layer in zip(complete, rows, strict=True) if layer == 0]
+    best.sort(key=lambda one: (-(one[2].value or 0.0), one[0], one[2].number))
+    return [(name, trial) for _, name, trial in best]
 
 
 def objectives_of(trial: TrialRecord, space: SearchSpace) -> tuple[float, ...]:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from core.errors import InputError
 
-from ..sampling.registry import build_pruner, build_sampler
+from ..sampling.pruners import build_pruner
+from ..sampling.samplers import build_sampler
 from .corners import branch_path, check_corners
 from .domain import Branch, Constant, Parameter, Value, plain
 from .source import Source

@@ -18,14 +18,9 @@ from core.errors import InputError
 
 from ..goals.constraints import ConstraintsSection
 from ..goals.costs import COSTS
-from ..sampling.registry import (
-    PRUNERS,
-    SAMPLERS,
-    PrunerSpec,
-    SamplerSpec,
-    check_name,
-    check_options,
-)
+from ..sampling.options import check_name, check_options
+from ..sampling.pruners import PRUNERS, PrunerSpec
+from ..sampling.samplers import SAMPLERS, SamplerSpec
 from .domain import (
     Branch,
     Choice,

@@ -25,7 +25,8 @@ from core.config import (
 )
 
 from ..goals.constraints import ConstraintsSection
-from ..sampling.registry import PRUNERS, SAMPLERS
+from ..sampling.pruners import PRUNERS
+from ..sampling.samplers import SAMPLERS
 from .file import (
     FIELDS,
     NUMBERS,

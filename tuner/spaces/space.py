@@ -20,7 +20,8 @@ from core.config import TrialConfig
 from core.errors import InputError
 
 from ..goals.costs import COSTS
-from ..sampling.registry import PrunerSpec, SamplerSpec
+from ..sampling.pruners import PrunerSpec
+from ..sampling.samplers import SamplerSpec
 from .domain import Constant, Parameter, Value, plain
 
 if TYPE_CHECKING:

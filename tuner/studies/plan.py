@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from core.config import TrialConfig
 from core.errors import InputError
 
-from ..sampling.registry import build_pruner, rungs
+from ..sampling.pruners import build_pruner, rungs
 from ..spaces.domain import Value
 from ..spaces.space import SearchSpace
 from ..trials.context import FeatureRequest, feature_request, view_requests

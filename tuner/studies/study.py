@@ -71,6 +71,9 @@ class StudyRecord:
     finalists: dict[str, Any] = dataclasses.field(default_factory=dict)
     """How it ends: arguments of `tuner.finalists.crown.FinalistOptions`; those that lack are as
     usual."""
+    weight_fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)
+    """By label of a backbone: what its weights are; see `tuner.backbones`. Empty in a study of an
+    earlier version."""
     format: int = FORMAT
 
 

@@ -3,9 +3,7 @@
 Only their settings are taken, never their values. Where space, table and split are those of the
 earlier study, `tuner resume` continues it and its sampler knows every result; anywhere else a value
 was measured on other pictures, and as a trial here it could win by them. So the points are trained
-again: every value in a study is its own. What the new space does not let vary (a constant, or a
-parameter that it lacks) is as the new space has it; a trial that has a value which the new space
-cannot choose, or another backbone, head or optimizer, does not fit and is counted.
+again: every value in a study is its own. Trials that do not fit the new space are counted.
 """
 
 from __future__ import annotations
@@ -15,23 +13,20 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from core.config import TrialConfig
 from core.data.split import IntArray, Split
 from core.data.table import Table
 from core.encoding.shards import write_json
 from core.errors import InputError
 
 from ..home import Home
-from ..spaces.corners import is_read
-from ..spaces.points import fit_settings
 from ..spaces.space import SearchSpace
 from .parts import studies_of
-from .seeds import best_probes
-from .study import Study, TrialRecord, open_study, trial_records
+from .study import Study, open_study
+from .warm_points import WarmPoint, complete_trials, in_turns, mode_of, warm_point
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,24 +36,6 @@ FILE = "warm_start.json"
 """In a study's folder: which trials its first points come from."""
 NUM_TRIALS = 10
 """Points taken unless told otherwise."""
-KEPT = ("backbone", "head", "optimizer")
-"""Without these of its settings a trial's other settings mean nothing."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WarmPoint:
-    """A first point, and the trial that it comes from."""
-
-    study: str
-    number: int
-    """Of the trial in its study."""
-    value: float
-    """Its objective there: for people, nothing is decided by it in the new study."""
-    mode: str
-    """`probe` or `finetune`: of which part of the new space it is a point."""
-    point: dict[str, Any]
-    changed: tuple[str, ...]
-    """Settings of the trial that are as the new space has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +105,7 @@ def warm_start(space: SearchSpace, sources: Sequence[Study], num_trials: int) ->
     """
     if num_trials < 1:
         raise InputError(f"at least one is needed, but got {num_trials}", where="--from-trials")
-    records = [(study, _complete(study)) for study in sources]
+    records = [(study, complete_trials(study)) for study in sources]
     points: list[WarmPoint] = []
     misfits: Counter[str] = Counter()
     num_misfits = 0
@@ -137,18 +114,18 @@ def warm_start(space: SearchSpace, sources: Sequence[Study], num_trials: int) ->
         for study, trials in records:
             fitting = []
             for trial in trials:
-                if _mode(trial) != part.mode:
+                if mode_of(trial) != part.mode:
                     continue
-                made = _warm_point(study.record.name, trial, part)
+                made = warm_point(study.record.name, trial, part)
                 if isinstance(made, WarmPoint):
                     fitting.append(made)
                 else:
                     misfits.update(made)
                     num_misfits += 1
             queues.append(fitting)
-        points += _in_turns(queues, num_trials)
+        points += in_turns(queues, num_trials)
     modes = {part.mode for part in space.parts}
-    other = sum(_mode(trial) not in modes for _, trials in records for trial in trials)
+    other = sum(mode_of(trial) not in modes for _, trials in records for trial in trials)
     if other:
         misfits["mode"] += other
     made_of = WarmStart(
@@ -215,72 +192,6 @@ def _study_in(folder: Path) -> Study:
 
 def _rows(split: Split) -> list[IntArray]:
     return [split.train, split.validation, split.test, *split.folds]
-
-
-def _complete(study: Study) -> list[TrialRecord]:
-    """Complete trials, best first. An earlier study is only read, whoever owns it."""
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        found = optuna.load_study(study_name=study.record.name, storage=study.storage())
-    except KeyError as error:
-        raise InputError(
-            "its trials are not in its storage any more", where=f"{FLAG} {study.record.name}"
-        ) from error
-    return best_probes(tuple(trial_records(found, study.space())))
-
-
-def _mode(trial: TrialRecord) -> str:
-    return str(trial.settings.get("mode", TrialConfig.mode))
-
-
-def _warm_point(study: str, trial: TrialRecord, space: SearchSpace) -> WarmPoint | set[str]:
-    """A trial as a point of `space`, or the settings because of which it is none.
-
-    Settings that the earlier space left alone had `TrialConfig`'s defaults: they are said, too, as
-    far as the new space holds them, so that the same training results where that is possible.
-    """
-    whole = TrialConfig.from_dict(trial.settings).to_dict()
-    settings = {
-        name: value
-        for name, value in whole.items()
-        if name not in ("mode", "seed") and is_read(name, whole)
-    }
-    fit = fit_settings(settings, mode=space.mode, parameters=space.parameters)
-    wrong = {name for name in trial.settings if name in fit.refused}
-    # What the space lacks is at its default there.
-    changed = [
-        name
-        for name in settings
-        if name in fit.fixed and (name in space.parameters or settings[name] != _default(name))
-    ]
-    wrong |= {name for name in KEPT if name in changed}
-    if wrong:
-        return wrong
-    return WarmPoint(
-        study=study,
-        number=trial.number,
-        value=trial.value or 0.0,
-        mode=space.mode,
-        point=fit.point,
-        changed=tuple(name for name in trial.settings if name in changed),
-    )
-
-
-def _default(name: str) -> Any:
-    """What trials of a space without this parameter have."""
-    return getattr(TrialConfig, name, None)
-
-
-def _in_turns(queues: Sequence[Sequence[WarmPoint]], count: int) -> list[WarmPoint]:
-    """Up to `count` different points, one of each queue in turn."""
-    taken: list[WarmPoint] = []
-    for place in range(max(map(len, queues), default=0)):
-        for queue in queues:
-            if place < len(queue) and all(queue[place].point != other.point for other in taken):
-                taken.append(queue[place])
-    return taken[:count]
 
 
 def _with_points(space: SearchSpace, points: Sequence[WarmPoint]) -> SearchSpace:

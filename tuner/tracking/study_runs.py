@@ -36,6 +36,8 @@ STATUS = "tuner.status"
 REASON = "tuner.reason"
 WINNER = "tuner.winner"
 FRONT = "tuner.pareto_front"
+CURVELESS = "tuner.curve_missing"
+"""`true`: ended for a driver of another home, which has the curve and writes it at its resume."""
 LEARNT_NOTHING = "tuner.learnt_nothing"
 PARENT = "mlflow.parentRunId"
 NOTE = "mlflow.note.content"
@@ -75,6 +77,8 @@ class StudyRuns:
         self._ended: set[int] = set()
         self._open: set[int] = set()
         """Trials whose run is RUNNING."""
+        self._curveless: set[int] = set()
+        """Trials whose end another home wrote for a driver that died: it did not have the curve."""
         self._tried: set[int] = set()
         """Trials for which a run was to be made."""
 
@@ -135,6 +139,8 @@ class StudyRuns:
             # The tag is written just before the run is closed: a kill may have come between.
             if run.data.tags.get(STATUS) in ends and not running:
                 self._ended.add(number)
+            if run.data.tags.get(CURVELESS) == "true":
+                self._curveless.add(number)
             if running and adopt:
                 self._open.add(number)
         return parents[0].info.run_id if parents else ""
@@ -178,10 +184,10 @@ class StudyRuns:
         for run in runs_with(study, TRIAL, number):
             log_to_run(client, run.info.run_id, tags={WINNER: "true"})
 
-    def mark_front(self, numbers: Collection[int]) -> None:
-        """Alone among the study's trials: further trials may have another front."""
+    def mark_front(self, numbers: Collection[int], study: str) -> None:
+        """Alone among the trials of a part: further trials may have another front."""
         client = open_client(self._tracking_uri)
-        for run in search_runs(client, self.experiment_id, f"tags.`{STUDY}` = '{self._study}'"):
+        for run in search_runs(client, self.experiment_id, f"tags.`{STUDY}` = '{study}'"):
             number = run.data.tags[TRIAL]
             if number.isdecimal() and int(number) in numbers:
                 log_to_run(client, run.info.run_id, tags={FRONT: "true"})
@@ -233,6 +239,9 @@ class StudyRuns:
             self.start_trial(number)
         summary = {**outcome.best_metrics, "device_seconds": outcome.seconds}
         tags: dict[str, Any] = {STATUS: outcome.status.value}
+        curveless = outcome.best_epoch is not None and not outcome.curve
+        if curveless or number in self._curveless:
+            tags[CURVELESS] = str(curveless).lower()
         if outcome.best_value is not None and outcome.best_epoch is not None:
             summary[f"best_validation_{self._objective}"] = outcome.best_value
             summary["best_epoch"] = outcome.best_epoch
@@ -250,11 +259,14 @@ class StudyRuns:
             milliseconds=milliseconds,
         )  # fmt: skip
         client.set_terminated(run_id, _RUN_STATUS[outcome.status], end_time=milliseconds)
+        if not curveless:
+            self._curveless.discard(number)
         self._ended.add(number)
         self._open.discard(number)
 
     def repair(self, trial: EndedTrial) -> None:
-        if trial.number not in self._ended:
+        late_curve = trial.number in self._curveless and trial.outcome.curve
+        if trial.number not in self._ended or late_curve:
             self.end_trial(trial.number, trial.settings, trial.outcome)
 
     def interrupt(self, number: int) -> None:

@@ -174,9 +174,10 @@ class Tracker:
         """Tag the run of the trial that won, of this study or of the other part of it."""
         self._delivery.put(lambda: self._runs.mark_winner(number, study or self._study))
 
-    def mark_front(self, numbers: Sequence[int]) -> None:
-        """Tag the runs of the trials on the study's Pareto front, and no others."""
-        self._delivery.put(lambda: self._runs.mark_front(numbers))
+    def mark_front(self, numbers: Sequence[int], study: str | None = None) -> None:
+        """Tag the runs of the trials on the Pareto front, and no others of this study, or of the
+        other part of it."""
+        self._delivery.put(lambda: self._runs.mark_front(numbers, study or self._study))
 
     def repair(self, ended: Mapping[int, EndedTrial], numbers: Sequence[int]) -> None:
         """Write the ends that MLflow missed, of trials that have one (`numbers`)."""

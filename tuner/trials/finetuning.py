@@ -7,9 +7,13 @@ Whether its batch fits is asked before it starts. Weights of a complete trial go
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from core.config import TrialConfig
+from core.errors import NoRoomError
 from core.report import Outcome, Report, Status
 
 from .cohort import save_state
@@ -41,7 +45,8 @@ def finetune_trial(
         ranks: None for a trial of one process.
         last_epoch: see `core.finetuning.finetune.finetune`.
 
-    Raises InputError for a trial that cannot run.
+    Raises InputError for a trial that cannot run, NoRoomError for a full disk: what was trained
+    is in the last checkpoint then.
     """
     import torch
 
@@ -75,5 +80,28 @@ def finetune_trial(
         last_epoch=last_epoch,
     )
     if outcome.state is not None and outcome.status is Status.COMPLETE:
-        save_state(context.state_path(number), outcome.state)
+        _keep_state(context.state_path(number), outcome.state)
     return dataclasses.replace(outcome, state=None)
+
+
+def _keep_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write the weights of a trial. Raises NoRoomError where there is no room for them."""
+    from safetensors import SafetensorError
+
+    from core.finetuning.checkpoint import num_bytes
+
+    try:
+        save_state(path, state)
+    except (OSError, SafetensorError) as error:
+        # safetensors makes a text of the system's error, so room is asked for.
+        path.with_suffix(".part").unlink(missing_ok=True)
+        needed, free = num_bytes(state), shutil.disk_usage(path.parent.parent).free
+        if free >= needed:
+            raise
+        raise NoRoomError(
+            f"no room for a trial's weights: they take {needed / 1e6:,.1f} MB, and "
+            f"{free / 1e6:,.1f} MB are free",
+            where=str(path.parent),
+            hint="free some room, or name a folder on another disk with TUNER_HOME; the trial "
+            "goes on from its last checkpoint",
+        ) from error

@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 
+from core.errors import NoRoomError
 from core.report import Metrics, Outcome, Status
 
 from .channel import beside_driver
@@ -40,8 +41,10 @@ class Progress:
     metrics: Metrics
 
 
-Event = Progress | Outcome
-"""What a Tune trial hears of its trial; the outcome is the last."""
+End = Outcome | NoRoomError
+"""An outcome; or a full disk, which ends the session and leaves the trial to the next one."""
+Event = Progress | End
+"""What a Tune trial hears of its trial; the end is the last."""
 
 
 @dataclass(kw_only=True)
@@ -61,7 +64,7 @@ class _Posted:
 
     @property
     def over(self) -> bool:
-        return bool(self.events) and isinstance(self.events[-1], Outcome)
+        return bool(self.events) and isinstance(self.events[-1], End)
 
 
 class JobBoard:
@@ -72,6 +75,7 @@ class JobBoard:
         self._posted: dict[str, _Posted] = {}
         self._queue: deque[str] = deque()
         self._closing = False
+        self._full: NoRoomError | None = None
         self._changed = asyncio.Condition()
 
     # ---- the Tune trial -------------------------------------------------------------------
@@ -79,7 +83,10 @@ class JobBoard:
     async def submit(self, job: Job) -> None:
         """Post a trial; one that is posted already stays as it is."""
         if job["cohort"] not in self._posted:
-            self._posted[job["cohort"]] = _Posted(job=job)
+            posted = self._posted[job["cohort"]] = _Posted(job=job)
+            if self._full is not None:
+                await self._end(posted, self._full)
+                return
             self._queue.append(job["cohort"])
             await self._tell()
 
@@ -98,8 +105,8 @@ class JobBoard:
 
     async def reserve(self, group: str) -> bool | None:
         """True once a trial is this group's, False when there is no more to do, None: ask again."""
-        await self._until(lambda: self._closing or self._held(group) or self._queue)
-        if self._closing:
+        await self._until(lambda: self._no_more or self._held(group) or self._queue)
+        if self._no_more:
             return False
         return True if self._hold(group) else None
 
@@ -107,6 +114,9 @@ class JobBoard:
         """The group's workers are dead. After RETRIES its trial has failed, with the reason."""
         posted = self._held(group)
         if posted is None:
+            return
+        if self._full is not None:
+            await self._end(posted, self._full)
             return
         posted.failures += 1
         verdicts = [o for o in posted.ended.values() if o.status in COULD_NOT_GO_ON]
@@ -138,8 +148,8 @@ class JobBoard:
     async def take(self, group: str) -> str | None:
         """Rank 0: name of the trial to train; None when the group is no longer needed, and an
         empty name to ask again."""
-        await self._until(lambda: self._closing or self._held(group) or self._queue)
-        if self._closing:
+        await self._until(lambda: self._no_more or self._held(group) or self._queue)
+        if self._no_more:
             return None
         posted = self._hold(group)
         return posted.job["cohort"] if posted else ""
@@ -174,7 +184,21 @@ class JobBoard:
         await self._until(lambda: len(posted.ended) == self._num_ranks)
         return len(posted.ended) == self._num_ranks
 
+    async def no_room(self, cohort: str, error: NoRoomError) -> None:
+        """Any rank: a disk is full. The trial has no outcome, and neither has any that would have
+        begun; those of other groups go on to their end."""
+        self._full = error
+        self._queue.clear()
+        for name, posted in self._posted.items():
+            if not posted.over and (name == cohort or not posted.group):
+                await self._end(posted, error)
+
     # ---- inside ---------------------------------------------------------------------------
+
+    @property
+    def _no_more(self) -> bool:
+        """Whether no trial is to begin any more."""
+        return self._closing or self._full is not None
 
     def _held(self, group: str) -> _Posted | None:
         """The group's trial that has no end yet."""
@@ -193,8 +217,8 @@ class JobBoard:
     def _stopping(self, posted: _Posted) -> bool:
         return self._closing or posted.abandoned
 
-    async def _end(self, posted: _Posted, outcome: Outcome) -> None:
-        posted.events.append(outcome)
+    async def _end(self, posted: _Posted, end: End) -> None:
+        posted.events.append(end)
         await self._tell()
 
     async def _tell(self) -> None:
@@ -219,13 +243,13 @@ class BoardHandle:
         self._ask("submit", job)
 
     def events(self, cohort: str) -> Iterator[Event]:
-        """From the first one to the outcome, as they come."""
+        """From the first one to the end, as they come."""
         seen = 0
         while True:
             for event in self._ask("events", cohort, seen):
                 seen += 1
                 yield event
-                if isinstance(event, Outcome):
+                if isinstance(event, End):
                     return
 
     def answer(self, cohort: str, epoch: int, *, stop: bool) -> None:
@@ -277,6 +301,9 @@ class BoardHandle:
             if time.monotonic() > give_up:
                 return False
         return True
+
+    def no_room(self, cohort: str, error: NoRoomError) -> None:
+        self._ask("no_room", cohort, error)
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         return ray.get(getattr(self._actor, method).remote(*arguments))

@@ -8,19 +8,17 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from optuna.trial import FrozenTrial, Trial, TrialState
-
 from core.errors import InputError
 
 from ..budgets.device_time import DeviceMeter
 from ..drivers.presence import Driver
-from ..drivers.turns import SharedBudget, Turns, publish_budget, remembered
+from ..drivers.turns import SharedBudget, Turns, remembered
 from ..goals.judge import ANYTHING_GOES, Judge
-from ..sampling.registry import build_pruner
+from ..sampling.pruners import build_pruner
 from ..sampling.reproducible import reproducible_sampler
 from ..signals import check_stopped, tune_stops
 from ..spaces.space import SearchSpace
-from ..studies.outcomes import EndedTrial, OutcomeLog
+from ..studies.outcomes import OutcomeLog
 from ..studies.plan import Plan
 from ..studies.study import Study
 from ..tracking.tracker import Tracker
@@ -32,11 +30,12 @@ from .context import Context, FeatureRequest
 from .job_board import BoardHandle, start_board
 from .retention import StateKeeper
 from .searcher import Budget, CohortSearcher
-from .telling import tell
+from .taking_up import begin_session, deliver_for_the_dead
 from .worker_group import PLACEHOLDER, follow_trial, worker_groups
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.trial import FrozenTrial
 
 WORKER_RETRIES = 2
 """How often a cohort whose worker died is run again."""
@@ -81,31 +80,15 @@ def run_trials(
     the study where that is spent. `judge` knows what trials cost and which may win.
     """
     if space.mode == "finetune":
-        workers = workers.for_trials(share)
-        context = dataclasses.replace(
-            context, num_threads=workers.num_threads, memory_share=workers.memory_share
-        )
+        context, workers = _shared_out(context, workers, share)
     log = OutcomeLog(study.folder)
-    ended = log.read()
     optuna_study = study.optuna(
         pruner=build_pruner(space.pruner, space.max_epochs, minimised=space.minimised)
     )
-    turns = Turns(
-        optuna_study,
-        driver,
-        trials=None if driver is not None and driver.joins else plan.trials,
-        on_adopted=lambda _: tracker.learn_runs(),
-        on_ended_elsewhere=lambda trial: _show(trial, space, view),
-    )
-    finished = take_up(optuna_study, turns, ended, space)
-    tracker.repair(ended, turns.settled(finished))
-    earlier = [e for e in (ended.get(t.number) or remembered(t, space) for t in finished) if e]
+    turns = _turns_of(optuna_study, space, plan, driver, meter, tracker, view)
+    joins = driver is not None and driver.joins
+    earlier = begin_session(optuna_study, turns, log.read(), space, plan, tracker, joins=joins)
     optuna_study.sampler = reproducible_sampler(space.sampler, space, study.record.seed)
-    if driver is None or not driver.joins:
-        if not finished and not turns.unfinished:
-            for point in space.points:
-                optuna_study.enqueue_trial(space.to_params(point), skip_if_exists=True)
-        publish_budget(optuna_study, SharedBudget(trials=plan.trials))
     channel = start_channel()
     board = start_board(workers.per_trial) if workers.per_trial > 1 else None
     searcher = CohortSearcher(
@@ -129,8 +112,48 @@ def run_trials(
                 break
     tracker.trials_interrupted(searcher.running_numbers)
     check_stopped()
-    _deliver_for_the_dead(optuna_study, turns, space, log, tracker)
+    deliver_for_the_dead(optuna_study, turns, space, log, tracker)
     return not searcher.interrupted
+
+
+def _shared_out(context: Context, workers: Workers, share: Share) -> tuple[Context, Workers]:
+    """The machines shared out among fine-tuning trials."""
+    workers = workers.for_trials(share)
+    context = dataclasses.replace(
+        context, num_threads=workers.num_threads, memory_share=workers.memory_share
+    )
+    return context, workers
+
+
+def _turns_of(
+    study: optuna.Study,
+    space: SearchSpace,
+    plan: Plan,
+    driver: Driver | None,
+    meter: DeviceMeter | None,
+    tracker: Tracker,
+    view: StudyView,
+) -> Turns:
+    """This session's view of the trials: a joiner follows the budget that the first driver
+    published, also where that grows while it runs."""
+
+    def follow(budget: SharedBudget) -> None:
+        if meter is not None:
+            meter.limit = budget.device_seconds
+
+    def show(trial: FrozenTrial) -> None:
+        end = remembered(trial, space)
+        if end is not None:
+            view.trial_ended(end.number, end.settings, end.outcome)
+
+    return Turns(
+        study,
+        driver,
+        trials=None if driver is not None and driver.joins else plan.trials,
+        on_adopted=lambda _: tracker.learn_runs(),
+        on_ended_elsewhere=show,
+        on_budget=follow,
+    )
 
 
 def _fit(
@@ -174,24 +197,6 @@ def _fit(
         searcher.check()
 
 
-def take_up(
-    study: optuna.Study, turns: Turns, ended: Mapping[int, EndedTrial], space: SearchSpace
-) -> list[FrozenTrial]:
-    """Trials that have an end, in order of number. Those that were running when their driver died
-    are taken over; one whose end was logged but not told is told now."""
-    with turns.hold():
-        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        orphans = turns.orphans(running)
-        for trial in orphans:
-            if trial.number in ended:
-                outcome = ended[trial.number].outcome
-                tell(study, Trial(study, trial._trial_id), outcome, space)
-        turns.adopt([trial for trial in orphans if trial.number not in ended])
-    finished = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
-    turns.known.update(trial.number for trial in finished)
-    return finished
-
-
 def _more_to_do(searcher: CohortSearcher, turns: Turns) -> bool:
     """Wait for the trials of the other drivers; True once there is something to run: a driver died,
     or the budget grew. False when all trials have ended."""
@@ -203,24 +208,3 @@ def _more_to_do(searcher: CohortSearcher, turns: Turns) -> bool:
         if not turns.others_run():
             return False
         time.sleep(WAIT_SECONDS)
-
-
-def _show(trial: FrozenTrial, space: SearchSpace, view: StudyView) -> None:
-    """A trial that another driver ended, among the others."""
-    end = remembered(trial, space)
-    if end is not None:
-        view.trial_ended(end.number, end.settings, end.outcome)
-
-
-def _deliver_for_the_dead(
-    study: optuna.Study, turns: Turns, space: SearchSpace, log: OutcomeLog, tracker: Tracker
-) -> None:
-    """Ends that a driver of another home told Optuna and, dying, not MLflow: as Optuna knows them,
-    without their curve, which is in that home and comes with a resume there."""
-    ours = log.read()
-    dead = turns.of_the_dead(study.get_trials(deepcopy=False))
-    lacking = [remembered(trial, space) for trial in dead if trial.number not in ours]
-    ends = {end.number: end for end in lacking if end is not None}
-    if ends:
-        tracker.learn_runs()
-        tracker.repair(ends, list(ends))

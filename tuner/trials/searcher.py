@@ -26,7 +26,7 @@ from ..drivers.turns import Turns
 from ..goals.costs import ATTRIBUTE
 from ..goals.judge import ANYTHING_GOES, Judge
 from ..sampling.pareto_pruning import should_stop
-from ..sampling.registry import PRUNERS
+from ..sampling.pruners import PRUNERS
 from ..sampling.rounds import rest_of_round, round_size
 from ..sampling.wilcoxon import fold_values
 from ..spaces.space import SearchSpace

@@ -4,7 +4,8 @@ Starting a group takes ten times as long as reading a trial off the board, so a 
 once and kept for the study. It is driven from a thread of the driver, not from a Tune trial: Tune
 may end its trials as it likes, and no group is left behind. A trial stops by the word of its own
 loop, on all ranks together; a group ends when the board says so. If a worker dies, Train takes its
-group down, the thread starts it anew, and the trial goes on from its checkpoint.
+group down, the thread starts it anew, and the trial goes on from its checkpoint. A full disk ends
+the session.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from core.config import TrialConfig
-from core.errors import InputError
+from core.errors import InputError, NoRoomError
 from core.images.views import PLAIN
 from core.report import Metrics, Outcome, Status
 
@@ -63,7 +64,8 @@ def follow_trial(
             stops = report(event.epoch, {0: event.metrics})
             board.answer(name, event.epoch, stop=bool(stops))
         else:
-            channel.deliver(name, [event])
+            # A full disk is for the driver to raise: the trial has no end yet.
+            channel.deliver(name, event if isinstance(event, NoRoomError) else [event])
     tune.report({"epoch": 0, "places": [], "values": []})
 
 
@@ -152,7 +154,11 @@ def work(setup: dict[str, Any]) -> None:
         name = broadcast_from_rank_zero(board.take(setup["group"]) if rank == 0 else None)
         if name is None:
             return
-        outcome = train_job(board.job(name), context, board, ranks, device)
+        try:
+            outcome = train_job(board.job(name), context, board, ranks, device)
+        except NoRoomError as error:
+            board.no_room(name, error)
+            raise  # The other ranks wait for this one in vain: the group has to end.
         patience = LONE_END_SECONDS if outcome.status in COULD_NOT_GO_ON else float("inf")
         if not board.end(name, rank, outcome, patience=patience):
             raise RuntimeError(f"rank {rank} could not go on, and others did: {outcome.reason}")
@@ -165,7 +171,8 @@ def train_job(
     ranks: Ranks,
     device: torch.device,
 ) -> Outcome:
-    """Train the one trial of a job on this rank. A trial that cannot run is a result."""
+    """Train the one trial of a job on this rank. A trial that cannot run is a result. Raises
+    NoRoomError for a full disk."""
     from core.finetuning.out_of_memory import first_line, is_out_of_memory
 
     name = job["cohort"]
@@ -185,6 +192,8 @@ def train_job(
             ranks=ranks,
             last_epoch=job.get("last_epoch"),
         )
+    except NoRoomError:
+        raise
     except InputError as error:
         return Outcome(status=Status.FAILED, reason=str(error))
     except (RuntimeError, MemoryError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -18,8 +18,8 @@ from core.report import Outcome, Status
 from ..budgets.quote_view import truth_text
 from ..finalists.view import finalist_table, model_lines
 from ..goals.costs import COSTS
-from ..goals.pareto import front
-from ..goals.pareto_view import PICTURE, front_table
+from ..goals.pareto import joint_front
+from ..goals.pareto_view import PICTURE, front_table, labels_of, trials_of
 from ..spaces.space import SearchSpace, load_space, shipped_spaces
 from ..studies.study import Study, TrialRecord, trial_records
 from .live import cost_text, percent, settings_line, trial_table
@@ -52,6 +52,7 @@ def print_end(end: SearchEnd, console: Console) -> None:
     for part in (end.study, end.finetune):
         if part is not None:
             _print_best(part, end, console)
+    _print_front([part for part in (end.study, end.finetune) if part is not None], console)
     console.print(finalist_table(result.winner))
     last = end.finetune or study
     console.print(_winner_panel(result, last.record.name, two_parts=last is not study))
@@ -69,14 +70,19 @@ def _print_best(study: Study, end: SearchEnd, console: Console) -> None:
     shown = SHOWN_BEST if end.finetune is None else SHOWN_OF_PART
     console.print(_part_counts(study), highlight=False)
     console.print(record_table(complete[:shown], space, end.floor))
-    if space.minimised:
-        console.print(front_table(front(trials, space), space))
-        path = study.folder / PICTURE
-        console.print(f"[dim]picture: {path}; another of them: {_pick(study)}[/]", soft_wrap=True)
 
 
-def _pick(study: Study) -> str:
-    return f"tuner resume {study.record.after or study.record.name} --pick TRIAL"
+def _print_front(parts: Sequence[Study], console: Console) -> None:
+    """The Pareto front over a study's parts, if it has several objectives."""
+    space = parts[-1].space()
+    if not space.minimised:
+        return
+    best = joint_front(trials_of(parts), space)
+    labels = labels_of(best) if len(parts) > 1 else None
+    console.print(front_table([trial for _, trial in best], space, labels=labels))
+    path, name = parts[-1].folder / PICTURE, parts[0].record.name
+    pick = f"tuner resume {name} --pick TRIAL"
+    console.print(f"[dim]picture: {path}; another of them: {pick}[/]", soft_wrap=True)
 
 
 def _winner_panel(result: Result, study: str, *, two_parts: bool) -> Panel:
@@ -164,28 +170,36 @@ def record_table(trials: Sequence[TrialRecord], space: SearchSpace, floor: float
 def print_trials(parts: Sequence[Study], console: Console, *, as_json: bool) -> None:
     """All trials of a study's parts, best first: a table each, or JSON lines, which name the
     study where there are two."""
+    fronts = _fronts(parts)
     for study in parts:
         space = study.space()
         trials = best_first(tuple(trial_records(study.optuna(), space)))
+        on_front = fronts[study.record.name]
         if as_json:
             name = {"study": study.record.name} if len(parts) > 1 else {}
-            on_front = _on_front(trials, space)
             for trial in trials:
                 place = {"front": trial.number in on_front} if space.minimised else {}
                 print(json.dumps(name | trial.to_dict() | place))
             continue
-        console.print(_trials_table(trials, space))
+        console.print(_trials_table(trials, space, on_front))
         console.print(_part_counts(study), highlight=False)
 
 
-def _on_front(trials: Sequence[TrialRecord], space: SearchSpace) -> set[int]:
-    """Numbers of the trials on the Pareto front; none in a study of one objective."""
-    return {trial.number for trial in front(trials, space)} if space.minimised else set()
+def _fronts(parts: Sequence[Study]) -> dict[str, set[int]]:
+    """Of each part, the numbers of its trials on the Pareto front over all; none in a study of one
+    objective."""
+    space = parts[-1].space()
+    best = joint_front(trials_of(parts), space) if space.minimised else []
+    return {
+        part.record.name: {trial.number for name, trial in best if name == part.record.name}
+        for part in parts
+    }
 
 
-def _trials_table(trials: Sequence[TrialRecord], space: SearchSpace) -> Table:
+def _trials_table(
+    trials: Sequence[TrialRecord], space: SearchSpace, on_front: Collection[int]
+) -> Table:
     table = Table(header_style="bold", border_style="dim")
-    on_front = _on_front(trials, space)
     for name in ("trial", "status", space.objective, *space.costs, "epoch"):
         table.add_column(name, justify="left" if name == "status" else "right", no_wrap=True)
     for name in ("backbone", "settings"):
