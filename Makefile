@@ -25,12 +25,12 @@ export UV_HTTP_TIMEOUT ?= 300
 export UV_COMPILE_BYTECODE_TIMEOUT ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all bench lint format lock schema clean FORCE
+.PHONY: help setup demo test test-slow test-all bench lint format lock schema clean FORCE
 
 help: ## list the targets
 	@echo "Targets:"
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1@\2/p' Makefile | awk -F@ '{printf "%-16s %s\n", $$1, $$2}'
-	@echo "Options: PYTHON=python3.12 (setup), SEED=1 (demo), PYTEST_FLAGS='-k split' (test, test-all),"
+	@echo "Options: PYTHON=python3.12 (setup), SEED=1 (demo), PYTEST_FLAGS='-k split' (every test),"
 	@echo "         BENCH=name (bench), LOCK_FLAGS=--upgrade (lock)"
 
 # ---- set-up -------------------------------------------------------------------------------------
@@ -117,8 +117,13 @@ test: setup ## run the quick tests (under 12 minutes)
 	$(BIN)/python -m pytest -m "not slow and not gpu and not browser" \
 	  --timeout=110 --session-timeout=600 $(PYTEST_FLAGS)
 
+# Tests that wait for Rays of their own to start, die and come back; those that failed alone again:
+# make test-slow PYTEST_FLAGS=--last-failed
+test-slow: setup ## run the tests that `make test` leaves out (an hour and more)
+	$(BIN)/python -m pytest -m "slow or gpu or browser" --timeout=900 --durations=30 $(PYTEST_FLAGS)
+
 test-all: setup ## run every test that this machine can run
-	$(BIN)/python -m pytest --timeout=900 $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest --timeout=900 --durations=30 $(PYTEST_FLAGS)
 
 # A benchmark is a script, tests/benchmarks/bench_NAME.py, that prints its figures.
 bench: setup ## run the benchmarks, or one: make bench BENCH=name

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from .servers import Postgres, postgres_server
+
 # Before torch is imported: threads that wait for each other must not keep the cores from others.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -34,6 +36,15 @@ def weights_dir() -> Path:
 
 
 @pytest.fixture(scope="module")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+    """A PostgreSQL of the test module's own, which may be stopped and started again."""
+    with postgres_server(tmp_path_factory.mktemp("postgres")) as server:
+        if server is None:
+            pytest.skip("there is no PostgreSQL here (initdb), or no psycopg2")
+        yield server
+
+
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Torch on one thread: such small pictures gain nothing from more, and lose much where cores
     are shared."""
@@ -43,3 +54,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def quiet_optuna() -> Iterator[None]:
+    """No line a trial."""
+    import optuna
+
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    yield
+    optuna.logging.set_verbosity(before)

@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.servers import free_port
 
-START_SECONDS = 60
+START_SECONDS = 300
 
 
 @dataclass(frozen=True, kw_only=True)

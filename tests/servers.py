@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-START_SECONDS = 60
+START_SECONDS = 300
 UNPRIVILEGED = ("postgres", "nobody")
 """PostgreSQL refuses to run as root: one of these runs it then."""
 
@@ -30,32 +31,56 @@ def free_port() -> int:
         return port
 
 
+class MlflowServer:
+    """`mlflow server` on a store, that can be stopped or killed and started again. `jobs`: with its
+    seven job consumers, its default, which poll all the time and take a core."""
+
+    def __init__(self, store: str, folder: Path, *, jobs: bool = False, port: int | None = None):
+        self.port = port or free_port()
+        self.address = f"http://127.0.0.1:{self.port}"
+        self._command = [
+            sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store,
+            "--artifacts-destination", str(folder / "served"), "--host", "127.0.0.1",
+            "--port", str(self.port), "--workers", "1",
+        ]  # fmt: skip
+        self._environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": str(jobs).lower()}
+        self._log = folder / f"server-{self.port}.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with self._log.open("a") as log:
+            self._process = subprocess.Popen(
+                self._command, env=os.environ | self._environment, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+        _wait(f"{self.address}/health", self._process)
+
+    def stop(self) -> None:
+        """Nothing is left of it, whether it runs or not."""
+        if self._process is not None:
+            _stop_group(self._process)
+            self._process = None
+
+    def kill(self) -> None:
+        """At once, as by a power cut."""
+        assert self._process is not None, "it does not run"
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._process = None
+
+
 @contextmanager
 def mlflow_server(
     store: str, folder: Path, *, jobs: bool = False, port: int | None = None
 ) -> Iterator[str]:
-    """`mlflow server` on a store; yields its address. `jobs`: with its seven job consumers, its
-    default, which poll all the time and take a core. `port`: that of a server that was there
-    before, to start it again."""
-    port = port or free_port()
-    command = [
-        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store,
-        "--artifacts-destination", str(folder / "served"), "--host", "127.0.0.1",
-        "--port", str(port), "--workers", "1",
-    ]  # fmt: skip
-    log = (folder / f"server-{port}.log").open("w")
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": str(jobs).lower()}
-    with (
-        log,
-        subprocess.Popen(
-            command, env=environment, stdout=log, stderr=log, start_new_session=True
-        ) as server,
-    ):
-        try:
-            _wait(f"http://127.0.0.1:{port}/health", server)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            _stop_group(server)
+    """A server that runs while the block does; yields its address. `port`: that of a server that
+    was there before, to start it again."""
+    server = MlflowServer(store, folder, jobs=jobs, port=port)
+    try:
+        server.start()
+        yield server.address
+    finally:
+        server.stop()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,12 +197,11 @@ def _wait(url: str, server: subprocess.Popen[bytes]) -> None:
 
 def _stop_group(server: subprocess.Popen[bytes]) -> None:
     """The server and the workers that it started, all in a group of their own."""
-    import signal
-
     try:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(timeout=10)
     except subprocess.TimeoutExpired:
         os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
     except ProcessLookupError:
-        pass
+        server.wait()

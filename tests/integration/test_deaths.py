@@ -16,7 +16,9 @@ import pytest
 
 from tuner.studies.outcomes import OutcomeLog
 
-from .small_study import FINETUNES, NUM_TRIALS, Workplace, family, left_of, wait_for
+from ..processes import comes_about, family, left_of, output_of, wait_for, without_agents
+from .small_study import FINETUNES, NUM_FINETUNES, NUM_TRIALS, PROBES
+from .workplace import Workplace
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2400)]
 
@@ -74,7 +76,7 @@ def _moments(seed: int) -> list[Moment]:
 
 
 def test_a_driver_killed_at_twenty_moments_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
-    place = Workplace(tmp_path)
+    place = Workplace(tmp_path, PROBES)
     place.run(*place.search("undisturbed", "--model", "undisturbed"))
     moments = _moments(seed=0)
     assert len(moments) == 20
@@ -82,27 +84,22 @@ def test_a_driver_killed_at_twenty_moments_ends_as_an_undisturbed_one(tmp_path: 
     for moment in moments:
         with place.start(*arguments) as process:
             begun = partial(moment.begun, place, process.pid)
-            alive = wait_for(begun, process)
+            alive = comes_about(begun, process)
             time.sleep(moment.seconds)
-            children = _workers(family(process.pid))
+            children = without_agents(family(process.pid))
             process.kill()
             process.communicate()
         if not alive or process.returncode != -signal.SIGKILL:
             survived.append(moment.name)  # It was at its end.
-        assert left_of(children, seconds=60) == {}, moment.name
+        assert left_of(children) == {}, moment.name
         if (place.folder("killed") / "study.json").exists():
             arguments = ["resume", "killed"]
     assert set(survived) <= {"registration"}, survived
     place.run("resume", "killed")
-    place.check_whole("killed")
+    place.check_whole("killed", NUM_TRIALS)
     # One worker and one seed: the same proposals, the same values, the same best.
     assert place.values("killed") == place.values("undisturbed")
     assert len(place.versions()) == 1
-
-
-def _workers(processes: dict[int, bytes]) -> dict[int, bytes]:
-    """Without Ray's agents, which take a minute or more to miss the rest."""
-    return {pid: text for pid, text in processes.items() if b"Agent" not in text}
 
 
 def _kill(text: bytes, process: subprocess.Popen[str]) -> int:
@@ -114,14 +111,14 @@ def _kill(text: bytes, process: subprocess.Popen[str]) -> int:
 
 def test_a_killed_worker_of_a_probe_cohort_costs_nothing(tmp_path: Path) -> None:
     """The cohort trains again from its start: its own interval, as probes keep no checkpoints."""
-    place = Workplace(tmp_path)
+    place = Workplace(tmp_path, PROBES)
     place.run(*place.search("undisturbed", "--model", "undisturbed"))
     with place.start(*place.search("killed")) as process:
-        assert wait_for(lambda: place.num_ended("killed") >= 4, process)
+        wait_for(lambda: place.num_ended("killed") >= 4, process)
         _kill(b"ImplicitFunc", process)
-        output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    place.check_whole("killed")
+        assert place.num_ended("killed") < NUM_TRIALS, "all trials were over before"
+        output_of(process)
+    place.check_whole("killed", NUM_TRIALS)
     assert place.values("killed") == place.values("undisturbed")
 
 
@@ -138,13 +135,12 @@ def test_a_killed_worker_of_a_fine_tuning_repeats_an_epoch_at_most(tmp_path: Pat
         return len(written) >= 3
 
     with place.start(*place.search("killed")) as process:
-        assert wait_for(third_epoch, process)
+        wait_for(third_epoch, process)
         _kill(b"ImplicitFunc", process)
         written.clear()
         wait_for(lambda: [third_epoch(), place.num_ended("killed") >= 2][1], process)
-        output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    place.check_whole("killed", 3)
+        output_of(process)
+    place.check_whole("killed", NUM_FINETUNES)
     curves = {
         study: {n: e.outcome.curve for n, e in OutcomeLog(place.folder(study)).read().items()}
         for study in ("undisturbed", "killed")

@@ -8,7 +8,8 @@ import pytest
 
 from tuner.studies.outcomes import OutcomeLog
 
-from .small_study import PROBES, Workplace
+from .small_study import PROBES
+from .workplace import Workplace
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -15,23 +15,23 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from core.data.split import make_split
-from core.data.table import Table, read_table
+from core.data.table import Table
 from core.encoding.features import PIXELS
 from core.encoding.shards import SHARD_ROWS, remove
 from core.errors import InputError
-from core.precision import FLOAT32
-from core.synth import draw_posters
 from tuner.features.extraction import ExtractionProgress, Watch, extract
 from tuner.features.feature_work import do_work, plan_work
 from tuner.trials.channel import start_channel
 from tuner.trials.context import Context, FeatureRequest
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+from ..contexts import drawn_table, small_context
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 NUM_DRAWN, NUM_ROWS, SIZE = 120, 2 * SHARD_ROWS + 50, 32
 NUM_SHARDS = 3
@@ -63,30 +63,14 @@ def nodes() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
-    folder = tmp_path_factory.mktemp("drawn")
-    draw_posters(folder, num_images=NUM_DRAWN, size=(48, 64))
     rows = np.random.default_rng(0).integers(0, NUM_DRAWN, NUM_ROWS)
-    return read_table(folder).select(rows)
+    return drawn_table(tmp_path_factory.mktemp("extraction"), NUM_DRAWN).select(rows)
 
 
-def _context(table: Table, root: Path, **changes: object) -> Context:
-    context = Context(
-        study="s",
-        table=table,
-        split=make_split(table, groups=range(table.num_images)),
-        pictures="abc",
-        objective="top3_accuracy",
-        seed=0,
-        cache=root / "cache",
-        folder=root / "study",
-        weights="none",
-        weights_dir=None,
-        rungs=(),
-        precision=FLOAT32,
-        num_threads=1,
-    )
+def _context(table: Table, root: Path, **changes: Any) -> Context:
+    context = small_context(table, root, **changes)
     context.folder.mkdir(parents=True, exist_ok=True)
-    return dataclasses.replace(context, **changes)  # type: ignore[arg-type]
+    return context
 
 
 def _extract(
@@ -127,17 +111,12 @@ def _written(folder: Path) -> dict[int, int]:
 
 @pytest.fixture(scope="module")
 def expected(
-    table: Table, tmp_path_factory: pytest.TempPathFactory
+    table: Table, tmp_path_factory: pytest.TempPathFactory, one_thread: None
 ) -> dict[FeatureRequest, np.ndarray]:
     """What one process gives, without Ray."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     context = _context(table, tmp_path_factory.mktemp("alone"))
     work = plan_work(context, REQUESTS, (0, 1))
     do_work(context, work)
-    torch.set_num_threads(before)
     return {part.request: np.array(part.matrix.open()) for part in work.parts}
 
 
@@ -238,7 +217,7 @@ def test_a_damaged_picture_is_said_by_whoever_meets_it_and_all_end(
     with pytest.raises(InputError, match=r"broken\.png: this is not a picture") as caught:
         _extract(context, REQUESTS)
     assert "Traceback" not in str(caught.value)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while ray.available_resources().get("CPU", 0) < 2:
         assert time.monotonic() < deadline, "a worker goes on"
         time.sleep(0.1)

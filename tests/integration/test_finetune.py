@@ -22,8 +22,6 @@ from mlflow import MlflowClient
 from rich.console import Console
 
 from core.data.split import make_split
-from core.data.table import read_table
-from core.synth import draw_posters
 from tuner.features.feature_work import ensure_features
 from tuner.home import Home, open_home
 from tuner.spaces.file import parse_space
@@ -32,10 +30,13 @@ from tuner.studies.plan import make_plan
 from tuner.studies.study import StudyRecord, create_study
 from tuner.tracking.tracker import Tracker
 from tuner.trials.cluster import Share, Workers, cluster
-from tuner.trials.context import Context, build_backbone
+from tuner.trials.context import build_backbone
 from tuner.trials.on_tune import run_trials
 from tuner.trials.telling import FITS
 from tuner.views.live import StudyView
+
+from ..contexts import drawn_table, small_context
+from ..processes import family, wait_for
 
 pytestmark = [
     pytest.mark.ray,
@@ -82,9 +83,8 @@ class Place:
     """A home and a table on a running Ray."""
 
     def __init__(self, root: Path, workers: Workers) -> None:
-        draw_posters(root / "drawn", num_images=150, size=(48, 72))
         self.home: Home = open_home(root / "home")
-        self.table = read_table(data=root / "drawn")
+        self.table = drawn_table(root, 150, (48, 72))
         self.split = make_split(self.table, seed=0)
         self.workers = workers
 
@@ -103,11 +103,9 @@ class Place:
         study = create_study(self.home, record)
         study.optuna(new=True)
         plan = make_plan(space, trials=None, hours=None)
-        context = Context(
-            study=name, table=self.table, split=self.split,
-            pictures=self.table.picture_fingerprint(), objective=space.objective, seed=0,
-            cache=self.home.cache, folder=study.folder, weights="none", weights_dir=None,
-            rungs=plan.rungs, precision="float32", num_threads=1, memory_bytes=memory_bytes,
+        context = small_context(
+            self.table, self.home.root, study=name, split=self.split, cache=self.home.cache,
+            folder=study.folder, rungs=plan.rungs, memory_bytes=memory_bytes,
         )  # fmt: skip
         features = {
             request: str(ensure_features(context, request, build_backbone(context, request)).folder)
@@ -146,11 +144,10 @@ def _runs(tracking_uri: str, study: str) -> dict[int, Any]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(tmp_path_factory: pytest.TempPathFactory, quiet_optuna: None) -> Iterator[Place]:
     with pytest.MonkeyPatch.context() as patch:
         for variable in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
             patch.delenv(variable, raising=False)
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
         with cluster("local") as workers:
             # As on two cores, however many there are.
             machines = tuple(dataclasses.replace(m, cpus=2.0) for m in workers.machines)
@@ -161,14 +158,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 def _assert_no_group_is_left() -> None:
     """Tune's own may take a moment to go."""
-    give_up = time.monotonic() + 30
-    while True:
-        table = ray.util.placement_group_table()
-        left = [group for group in table.values() if group["state"] != "REMOVED"]
-        if not left:
-            return
-        assert time.monotonic() < give_up, left
-        time.sleep(0.2)
+
+    def gone() -> bool:
+        groups = ray.util.placement_group_table().values()
+        return all(group["state"] == "REMOVED" for group in groups)
+
+    wait_for(gone, seconds=60, pause=0.2)
 
 
 @pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -224,37 +219,11 @@ def _kill_one_worker(checkpoint: Path, killed: list[int]) -> None:
     give_up = time.monotonic() + 200
     while time.monotonic() < give_up and not checkpoint.exists():
         time.sleep(0.005)
-    workers = [pid for pid in _descendants() if b"RayTrainWorker" in _command(pid)]
+    workers = [pid for pid, text in family(os.getpid()).items() if b"RayTrainWorker" in text]
     for pid in sorted(workers)[-1:]:
         os.kill(pid, signal.SIGKILL)
         if checkpoint.exists():  # The trial has no end yet.
             killed.append(pid)
-
-
-def _descendants() -> list[int]:
-    """Processes that this one started, or that those started."""
-    parents = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue  # It has just ended.
-        parents[int(folder.name)] = int(fields[1])
-    found, own = [], os.getpid()
-    for pid in parents:
-        ancestor = pid
-        while ancestor in parents and ancestor != own:
-            ancestor = parents[ancestor]
-        if ancestor == own and pid != own:
-            found.append(pid)
-    return found
-
-
-def _command(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
 
 
 def test_a_batch_that_does_not_fit_is_infeasible_and_the_study_goes_on(place: Place) -> None:

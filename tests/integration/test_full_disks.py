@@ -10,7 +10,8 @@ import pytest
 from tuner.studies.outcomes import OutcomeLog
 
 from ..disks import small_disk
-from .small_study import FINETUNES, PROBES, Workplace
+from .small_study import FINETUNES, NUM_FINETUNES, NUM_TRIALS, PROBES
+from .workplace import Workplace
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -30,26 +31,30 @@ def test_a_full_cache_is_said_and_the_search_begins_with_room(tmp_path: Path) ->
         assert not place.folder("one").exists(), "the study's name is taken"
         _make_room(place.home.cache)
         place.run(*place.search("one"))
-        place.check_whole("one")
+        place.check_whole("one", NUM_TRIALS)
 
 
-def test_a_trial_without_room_for_a_checkpoint_ends_the_session(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_trial_without_room_for_a_checkpoint_ends_the_session(
+    tmp_path: Path, workers: str
+) -> None:
     """It has no end: with room, the next session goes on from the last checkpoint."""
+    share = ("--workers-per-trial", workers)
     place = Workplace(tmp_path, FINETUNES)
-    place.run(*place.search("undisturbed", "--model", "undisturbed"))
+    place.run(*place.search("undisturbed", "--model", "undisturbed", *share))
     checkpoints = place.home.root / "studies"
     kept = place.home.root / "kept"
     checkpoints.rename(kept)
     with small_disk(checkpoints, num_bytes=12 * MEGABYTE):
-        output = place.run(*place.search("full"), code=2)
+        output = place.run(*place.search("full", *share), code=2)
         assert "no room for a checkpoint" in output and "Traceback" not in output
         assert {state for state, *_ in place.values("full").values()} == {"RUNNING"}
         parent, children = place.runs("full")
         assert "RUNNING" not in {run.info.status for run in [parent, *children]}
         assert list((checkpoints / "full" / "checkpoints").glob("*/*.pt"))
         _make_room(checkpoints)
-        place.run("resume", "full")
-        place.check_whole("full", 3)
+        place.run("resume", "full", *share)
+        place.check_whole("full", NUM_FINETUNES)
         ended = OutcomeLog(place.folder("full")).read()
         undisturbed = OutcomeLog(kept / "undisturbed").read()
         for number, trial in undisturbed.items():

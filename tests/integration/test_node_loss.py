@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,9 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 
-from .small_study import NUM_TRIALS, Workplace, family, wait_for
+from ..processes import family, left_of, output_of, wait_for, without_agents
+from .small_study import NUM_TRIALS, PROBES
+from .workplace import Workplace
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -36,7 +37,7 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
 
 
 def test_trials_of_a_lost_node_go_on_elsewhere(pair: Cluster, tmp_path: Path) -> None:
-    place = Workplace(tmp_path)
+    place = Workplace(tmp_path, PROBES)
     second = pair.add_node(**NODE)
     (raylet,) = second.all_processes["raylet"]
 
@@ -46,12 +47,12 @@ def test_trials_of_a_lost_node_go_on_elsewhere(pair: Cluster, tmp_path: Path) ->
         return place.num_ended("lost") >= 6 and any(b"ImplicitFunc" in text for text in workers)
 
     with place.start(*place.search("lost", "--address", pair.address)) as process:
-        assert wait_for(cohort_is_there, process), process.communicate()[0]
-        before = place.num_ended("lost")
+        wait_for(cohort_is_there, process)
+        lost = without_agents(family(raylet.process.pid))
         pair.remove_node(second, allow_graceful=False)
-        output, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, output
+        before = place.num_ended("lost")
+        output = output_of(process)
     assert before < NUM_TRIALS, "the study was over before its node was lost"
-    place.check_whole("lost")
+    place.check_whole("lost", NUM_TRIALS)
     assert "models:/drawn@challenger" in output
-    assert not family(os.getpid()).keys() & family(raylet.process.pid).keys()
+    assert left_of(lost) == {}, "a worker of the lost node lives on"

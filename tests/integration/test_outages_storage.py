@@ -3,54 +3,46 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ..disks import small_disk
-from ..servers import Postgres, postgres_server
-from .small_study import NUM_TRIALS, Workplace, wait_for
+from ..processes import output_of, wait_for
+from ..servers import Postgres
+from .small_study import NUM_TRIALS, PROBES
+from .workplace import Workplace
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 PASSWORD = "s3cr%40t-word"
 AWAY_SECONDS = 30
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    with postgres_server(tmp_path_factory.mktemp("postgres")) as server:
-        if server is None:
-            pytest.skip("there is no PostgreSQL here (initdb), or no psycopg2")
-        yield server
-
-
 @pytest.fixture
 def place(tmp_path: Path) -> Workplace:
-    return Workplace(tmp_path)
+    return Workplace(tmp_path, PROBES)
 
 
-def _url(server: Postgres) -> str:
+def _url(postgres: Postgres) -> str:
     """The server asks for no password, and takes any."""
-    return server.url.replace("bench@", f"bench:{PASSWORD}@")
+    return postgres.url.replace("bench@", f"bench:{PASSWORD}@")
 
 
-def test_postgres_away_for_30_seconds(place: Workplace, server: Postgres) -> None:
-    search = place.search("away", "--storage", _url(server))
+def test_postgres_away_for_30_seconds(place: Workplace, postgres: Postgres) -> None:
+    search = place.search("away", "--storage", _url(postgres))
     with place.start(*search) as process:
-        assert wait_for(lambda: place.num_ended("away") >= 4, process)
-        server.stop()
+        wait_for(lambda: place.num_ended("away") >= 4, process)
+        postgres.stop()
         before = place.num_ended("away")
         time.sleep(AWAY_SECONDS)
         assert process.poll() is None
-        server.start()
-        output, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, output
+        postgres.start()
+        output = output_of(process)
     assert before < NUM_TRIALS, "it was over before"
     assert output.count("storage is away (") == 1, output
     assert output.count("storage is back after") == 1, output
-    place.check_whole("away")
+    place.check_whole("away", NUM_TRIALS)
     _check_hidden(place, output)
     # The password is known to a later session, too.
     output = place.run("resume", "away", "--trials", str(NUM_TRIALS + 4))
@@ -69,23 +61,22 @@ def _check_hidden(place: Workplace, output: str) -> None:
     assert PASSWORD not in output
 
 
-def test_postgres_away_for_too_long(place: Workplace, server: Postgres) -> None:
-    search = place.search("gone", "--storage", _url(server))
+def test_postgres_away_for_too_long(place: Workplace, postgres: Postgres) -> None:
+    search = place.search("gone", "--storage", _url(postgres))
     with place.start(*search, TUNER_STORAGE_MINUTES="0.05") as process:
-        assert wait_for(lambda: place.num_ended("gone") >= 4, process)
-        server.stop()
+        wait_for(lambda: place.num_ended("gone") >= 4, process)
+        postgres.stop()
         try:
-            output, _ = process.communicate(timeout=240)
+            output = output_of(process, code=2)
         finally:
-            server.start()
-    assert process.returncode == 2, output
+            postgres.start()
     assert "Traceback" not in output
     assert "away, for 3 s now" in output and "tuner resume gone" in output
     assert output.count("storage is away (") == 1
     parent, children = place.runs("gone")
     assert "RUNNING" not in {run.info.status for run in (parent, *children)}
     place.run("resume", "gone")
-    place.check_whole("gone")
+    place.check_whole("gone", NUM_TRIALS)
 
 
 def test_the_disk_of_the_studies_is_full(place: Workplace, tmp_path: Path) -> None:
@@ -94,12 +85,11 @@ def test_the_disk_of_the_studies_is_full(place: Workplace, tmp_path: Path) -> No
         place.home.studies.symlink_to(disk)
         filler = disk / "filler"
         with place.start(*place.search("full")) as process:
-            assert wait_for(lambda: place.num_ended("full") >= 4, process)
+            wait_for(lambda: place.num_ended("full") >= 4, process)
             with pytest.raises(OSError), filler.open("wb", buffering=0) as file:
                 while True:
                     file.write(bytes(1024))
-            output, _ = process.communicate(timeout=240)
-        assert process.returncode == 2, output
+            output = output_of(process, code=2)
         assert "Traceback" not in output
         assert "No space left" in output and "tuner resume full" in output
         before = place.num_ended("full")
@@ -108,4 +98,4 @@ def test_the_disk_of_the_studies_is_full(place: Workplace, tmp_path: Path) -> No
         assert "RUNNING" not in {run.info.status for run in (parent, *children)}
         filler.unlink()
         place.run("resume", "full")
-        place.check_whole("full")
+        place.check_whole("full", NUM_TRIALS)

@@ -14,9 +14,9 @@ from core.synth import draw_posters
 from tuner.studies.outcomes import OutcomeLog
 from tuner.studies.study import open_study, trial_records
 
-from .small_study import Workplace
+from .workplace import Workplace
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 NUM_TRIALS = 16
 SPACE = f"""
@@ -56,9 +56,10 @@ def finished(place: Workplace) -> str:
 def test_the_study_ends_in_a_front(place: Workplace, finished: str) -> None:
     for text in ("Pareto front", "latency_ms", "tuner resume one --pick TRIAL", "pareto.png"):
         assert text in finished
-    rows = [json.loads(line) for line in place.run("trials", "one", "--json").splitlines()]
+    rows = place.rows("one")
     assert len(rows) == NUM_TRIALS
     complete = [row for row in rows if row["status"] == "complete"]
+    assert len(complete) >= 2
     for row in complete:
         latency = row["metrics"]["latency_ms"]
         beaten = any(

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import mlflow
-import optuna
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
 from core.synth import draw_posters
-from tuner.home import Home
-from tuner.studies.study import open_study
+
+from ..processes import output_of, wait_for
+from .workplace import FEW, Workplace
 
 pytestmark = [
     pytest.mark.ray,
@@ -47,93 +41,17 @@ parameters:
 """
 
 
-class Workplace:
-    """A home folder, drawn posters and a space; runs `tuner` there as a process of its own."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.home = Home(root=root / "home")
-        self.data = root / "drawn"
-        self.space = root / "small.yaml"
-        self.space.write_text(SPACE)
-        draw_posters(self.data, num_images=150, size=(60, 90))
-
-    def start(self, *arguments: str, pace: str | None = None) -> subprocess.Popen[str]:
-        environment = {**os.environ, "TUNER_HOME": str(self.home.root)}
-        environment.pop("MLFLOW_TRACKING_URI", None)
-        return subprocess.Popen(
-            [sys.executable, "-m", "tuner", *arguments],
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-    def run(self, *arguments: str) -> str:
-        """Run to the end; fails with the output unless the exit code is 0."""
-        with self.start(*arguments) as process:
-            output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
-        return output
-
-    def search(self, study: str, *arguments: str) -> list[str]:
-        space, data = str(self.space), str(self.data)
-        return ["search", space, "--data", data, "--weights", "none", "--study", study, *arguments]
-
-    def trials(self, study: str) -> dict[int, dict[str, Any]]:
-        lines = self.run("trials", study, "--json").splitlines()
-        return {trial["number"]: trial for trial in map(json.loads, lines)}
-
-    def runs(self, study: str) -> tuple[Any, list[Any]]:
-        """The study's parent run and its child runs in MLflow."""
-        client = MlflowClient(self.home.tracking_uri)
-        experiment = client.get_experiment_by_name("drawn")
-        assert experiment is not None
-        runs = list(
-            client.search_runs(
-                [experiment.experiment_id], f"tags.`tuner.study` = '{study}'", max_results=1000
-            )
-        )
-        parents = [run for run in runs if run.data.tags["tuner.trial"] == "study"]
-        assert len(parents) == 1
-        children = [run for run in runs if run is not parents[0]]
-        for child in children:
-            assert child.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
-        return parents[0], children
-
-    def optuna_states(self, study: str) -> list[str]:
-        states = open_study(self.home, study).optuna().get_trials(deepcopy=False)
-        return [trial.state.name for trial in states]
-
-
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        yield Workplace(tmp_path_factory.mktemp("search"))
+def place(tmp_path_factory: pytest.TempPathFactory, quiet_optuna: None) -> Workplace:
+    root = tmp_path_factory.mktemp("search")
+    draw_posters(root / "drawn", num_images=150, size=(60, 90))
+    return Workplace(root, SPACE, flags=())
 
 
 @pytest.fixture(scope="module")
 def finished(place: Workplace) -> str:
     """The output of a first study, `one`."""
     return place.run(*place.search("one"))
-
-
-def _assert_whole(place: Workplace, study: str, num_trials: int) -> None:
-    """One to one to one: Optuna trials, MLflow runs, and none of them running."""
-    states = place.optuna_states(study)
-    assert len(states) == num_trials
-    assert set(states) <= {"COMPLETE", "PRUNED", "FAIL"}
-    parent, children = place.runs(study)
-    assert parent.info.status == "FINISHED"
-    numbers = sorted(int(child.data.tags["tuner.trial"]) for child in children)
-    assert numbers == list(range(num_trials))
-    expected = {"COMPLETE": "FINISHED", "PRUNED": "FINISHED", "FAIL": "FAILED"}
-    for child in children:
-        number = int(child.data.tags["tuner.trial"])
-        assert child.info.status == expected[states[number]], number
 
 
 def test_the_output_names_winner_baseline_model_and_next_steps(finished: str) -> None:
@@ -150,7 +68,7 @@ def test_the_output_names_winner_baseline_model_and_next_steps(finished: str) ->
 
 
 def test_every_trial_is_one_run_under_the_study(place: Workplace, finished: str) -> None:
-    _assert_whole(place, "one", NUM_TRIALS)
+    place.check_whole("one", NUM_TRIALS)
 
 
 def test_runs_hold_parameters_curves_and_ends(place: Workplace, finished: str) -> None:
@@ -174,7 +92,9 @@ def test_runs_hold_parameters_curves_and_ends(place: Workplace, finished: str) -
     assert parent.data.metrics["test_top3_accuracy"] > 0
 
 
-def test_the_winner_is_registered_and_predicts(place: Workplace, finished: str) -> None:
+def test_the_winner_is_registered_and_predicts(
+    place: Workplace, finished: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     client = MlflowClient(place.home.tracking_uri)
     version = client.get_model_version_by_alias("drawn", "challenger")
     assert version.tags["tuner.study"] == "one"
@@ -182,7 +102,7 @@ def test_the_winner_is_registered_and_predicts(place: Workplace, finished: str) 
     output = place.run("predict", "models:/drawn@challenger", *map(str, pictures), "--json")
     answers = json.loads(output)
     assert [answer["image"] for answer in answers] == [str(p) for p in pictures]
-    mlflow.set_tracking_uri(place.home.tracking_uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", place.tracking_uri)
     model = mlflow.pyfunc.load_model(f"models:/drawn/{version.version}")
     frame = model.predict(pd.DataFrame({"image": [p.read_bytes() for p in pictures]}))
     assert frame.shape == (2, 25)
@@ -234,18 +154,12 @@ def test_an_interrupted_study_is_taken_up(
 ) -> None:
     """Ended after the first trials have: nothing is lost, run twice or left running."""
     study = f"stopped-{how.name}"
-    log = place.home.studies / study / "outcomes.jsonl"
+    log = place.folder(study) / "outcomes.jsonl"
     # More and longer trials than can be over when the signal comes.
-    many = ["--trials", "60"]
-    with place.start(*place.search(study, *many)) as process:
-        give_up = time.monotonic() + 200
-        while not (log.exists() and log.read_text().count("\n") >= 4):
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < give_up
-            time.sleep(0.05)
+    with place.start(*place.search(study, "--trials", "60")) as process:
+        wait_for(lambda: place.num_ended(study) >= 4, process)
         process.send_signal(how)
-        output, _ = process.communicate(timeout=120)
-    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL), output
+        output = output_of(process, code=130 if how == signal.SIGINT else -signal.SIGKILL)
     if how == signal.SIGINT:
         assert f"tuner resume {study}" in output
         _, children = place.runs(study)
@@ -254,18 +168,16 @@ def test_an_interrupted_study_is_taken_up(
     before = {trial["number"]: trial["outcome"]["best_value"] for trial in ended}
     assert 4 <= len(before) < 60
     place.run("resume", study)
-    _assert_whole(place, study, 60)
+    place.check_whole(study, 60)
     after = place.trials(study)
     assert {number: after[number]["value"] for number in before} == before
-    lines = [json.loads(line)["number"] for line in log.read_text().splitlines()]
-    assert sorted(lines) == list(range(60))
 
 
 @pytest.mark.slow
 def test_trials_are_added_to_a_finished_study(place: Workplace, finished: str) -> None:
     place.run(*place.search("grown", "--trials", "6"))
     place.run("resume", "grown", "--trials", "9")
-    _assert_whole(place, "grown", 9)
+    place.check_whole("grown", 9)
 
 
 FINETUNE_SPACE = """
@@ -290,19 +202,18 @@ parameters:
 def test_a_fine_tuning_study_ends_in_a_model_and_keeps_few_weights(
     place: Workplace, finished: str
 ) -> None:
-    space = place.root / "fine.yaml"
+    space = place.space.with_name("fine.yaml")
     space.write_text(FINETUNE_SPACE)
-    few = ("--finalists", "2", "--seeds", "2")
-    arguments = place.search("fine", "--model", "fine", *few)
+    arguments = place.search("fine", "--model", "fine", *FEW)
     place.run("search", str(space), *arguments[2:])
     trials = place.trials("fine")
     assert len(trials) == 5
     complete = {n: t["value"] for n, t in trials.items() if t["status"] == "complete"}
     assert all(trials[n]["epochs"] == 3 for n in complete)
     assert all(t["epochs"] in (1, 2) for t in trials.values() if t["status"] == "pruned")
-    states = {int(path.stem) for path in (place.home.studies / "fine/states").iterdir()}
+    states = {int(path.stem) for path in (place.folder("fine") / "states").iterdir()}
     assert states <= complete.keys() and 1 <= len(states) <= 3
-    winner = json.loads((place.home.studies / "fine/winner.json").read_text())
+    winner = json.loads((place.folder("fine") / "winner.json").read_text())
     finalists = winner["finalists"]
     best_two = sorted(complete, key=lambda n: -complete[n])[:2]
     assert {f["number"] for f in finalists} == set(best_two)

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
-from mlflow import MlflowClient
 
 from core.synth import draw_posters
 from tuner.drivers.presence import OWNER, PREFIX
 from tuner.drivers.turns import BUDGET
+from tuner.studies.study import open_study
 
-from ..servers import mlflow_server, postgres_server
+from ..processes import output_of, wait_for
+from ..servers import Postgres, mlflow_server
+from .workplace import Workplace
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 NUM_TRIALS = 24
+# Long enough for the second to start meanwhile.
 SPACE = f"""
 name: shared
 trials: {NUM_TRIALS}
@@ -41,7 +41,7 @@ parameters:
   lr: {{low: 1.0e-4, high: 1.0e-2, log: true}}
   weight_decay: {{low: 1.0e-2, high: 1, log: true}}
   batch_size: 32
-  epochs: EPOCHS
+  epochs: 600
 """
 TWO_PARTS = """
 name: staged
@@ -73,56 +73,6 @@ finetune:
     batch_size: 32
     epochs: 6
 """
-QUICK = ("--finalists", "2", "--seeds", "1")
-
-
-class Machine:
-    """A home folder, and the same pictures in a place of its own."""
-
-    def __init__(self, root: Path, tracking_uri: str, data: Path) -> None:
-        self.home = root / "home"
-        self.data = root / "drawn"
-        self.tracking_uri = tracking_uri
-        shutil.copytree(data, self.data)
-
-    @contextmanager
-    def tuner(self, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-        """`tuner ARGUMENTS`, killed at the end of the block if it is still there."""
-        environment = {**os.environ, "TUNER_HOME": str(self.home)}
-        environment.pop("MLFLOW_TRACKING_URI", None)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tuner", *arguments],
-            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-    def run(self, *arguments: str) -> str:
-        with self.tuner(*arguments) as process:
-            return output_of(process)
-
-    def trials(self, study: str) -> dict[int, dict[str, Any]]:
-        lines = self.run("trials", study, "--json").splitlines()
-        return {trial["number"]: trial for trial in map(json.loads, lines)}
-
-    def outcomes(self, study: str) -> list[int]:
-        """Numbers of the trials that this machine ran to their end."""
-        path = self.home / "studies" / study / "outcomes.jsonl"
-        if not path.exists():
-            return []
-        return [json.loads(line)["number"] for line in path.read_text().splitlines() if line]
-
-
-def output_of(process: subprocess.Popen[str], seconds: float = 400) -> str:
-    """All that it prints until it ends well."""
-    output, _ = process.communicate(timeout=seconds)
-    assert process.returncode == 0, output
-    return output
 
 
 @pytest.fixture(scope="module")
@@ -133,11 +83,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with postgres_server(tmp_path_factory.mktemp("postgres")) as server:
-        if server is None:
-            pytest.skip("there is no PostgreSQL here (initdb), or no psycopg2")
-        yield server.url
+def url(postgres: Postgres) -> str:
+    return postgres.url
 
 
 @pytest.fixture(scope="module")
@@ -149,34 +96,18 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def machines(tmp_path: Path, data: Path, uri: str) -> tuple[Machine, Machine]:
-    return Machine(tmp_path / "one", uri, data), Machine(tmp_path / "two", uri, data)
+def machines(tmp_path: Path, data: Path, uri: str) -> tuple[Workplace, Workplace]:
+    """Two homes, each with the same pictures in a place of its own."""
+    return _machine(tmp_path / "one", data, uri), _machine(tmp_path / "two", data, uri)
 
 
-def space_file(folder: Path, epochs: int) -> str:
-    path = folder / "shared.yaml"
-    path.write_text(SPACE.replace("EPOCHS", str(epochs)))
-    return str(path)
+def _machine(root: Path, data: Path, uri: str) -> Workplace:
+    shutil.copytree(data, root / "drawn")
+    return Workplace(root, SPACE, tracking_uri=uri, flags=("--finalists", "2", "--seeds", "1"))
 
 
-def search(machine: Machine, study: str, *, epochs: int, storage: str | None = None) -> list[str]:
-    place = ["--storage", storage] if storage else []
-    return [
-        "search", space_file(machine.data.parent, epochs), "--data", str(machine.data),
-        "--weights", "none", "--study", study, "--tracking-uri", machine.tracking_uri, *QUICK,
-        *place,
-    ]  # fmt: skip
-
-
-def wait_for(
-    what: Callable[[], object], *processes: subprocess.Popen[str], seconds: float = 200
-) -> None:
-    give_up = time.monotonic() + seconds
-    while not what():
-        for process in processes:
-            assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < give_up, f"waited {seconds} s"
-        time.sleep(0.5)
+# PostgreSQL is asked, so less often than a file is.
+_wait_for = partial(wait_for, pause=0.5)
 
 
 def begun(storage: str, study: str) -> bool:
@@ -207,36 +138,33 @@ def frozen(process: subprocess.Popen[str]) -> Iterator[None]:
         process.send_signal(signal.SIGCONT)
 
 
-def owners(storage: str | None, machine: Machine, study: str) -> dict[int, str]:
-    """The driver of each trial, by number."""
-    from tuner.home import Home
-    from tuner.studies.study import open_study
+@contextmanager
+def joining(
+    second: Workplace, study: str, url: str, leader: subprocess.Popen[str]
+) -> Iterator[subprocess.Popen[str]]:
+    """The second machine's driver, once it is one; until then the leader stands still."""
+    with second.start("join", study, "--storage", url, "--data", str(second.data)) as joiner:
+        with frozen(leader):
+            _wait_for(lambda: num_drivers(url, study) == 2, joiner)
+        yield joiner
 
-    state = open_study(Home(root=machine.home), study).optuna()
-    trials = state.get_trials(deepcopy=False)
+
+def owners(machine: Workplace, study: str) -> dict[int, str]:
+    """The driver of each trial, by number."""
+    trials = open_study(machine.home, study).optuna().get_trials(deepcopy=False)
     assert not [trial.number for trial in trials if not trial.state.is_finished()]
     return {trial.number: trial.user_attrs["driver"] for trial in trials}
 
 
-def assert_whole(machine: Machine, study: str) -> None:
+def assert_whole(machine: Workplace, study: str) -> None:
     """One run a trial under one parent, with its curve; none is left running."""
-    client = MlflowClient(machine.tracking_uri)
-    experiment = client.get_experiment_by_name("drawn")
-    assert experiment is not None
-    runs = list(client.search_runs([experiment.experiment_id], f"tags.`tuner.study` = '{study}'"))
-    (parent,) = [run for run in runs if run.data.tags["tuner.trial"] == "study"]
-    children = [run for run in runs if run is not parent]
-    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
-    numbers = sorted(int(run.data.tags["tuner.trial"]) for run in children)
-    assert numbers == list(range(NUM_TRIALS))
-    assert {run.info.status for run in runs} == {"FINISHED"}
     trials = machine.trials(study)
     assert sorted(trials) == list(range(NUM_TRIALS))
+    machine.check_runs(study, {number: trial["epochs"] for number, trial in trials.items()})
+    _, children = machine.runs(study)
     for run in children:
         trial = trials[int(run.data.tags["tuner.trial"])]
         assert run.data.tags["tuner.status"] == trial["status"]
-        curve = client.get_metric_history(run.info.run_id, "validation_top3_accuracy")
-        assert sorted(point.step for point in curve) == list(range(1, trial["epochs"] + 1))
 
 
 def best_of(output: str) -> tuple[int, str]:
@@ -246,20 +174,17 @@ def best_of(output: str) -> tuple[int, str]:
     return int(found[1]), found[2]
 
 
-def test_two_homes_share_a_study(machines: tuple[Machine, Machine], url: str) -> None:
+def test_two_homes_share_a_study(machines: tuple[Workplace, Workplace], url: str) -> None:
     first, second = machines
-    with first.tuner(*search(first, "shared", epochs=600, storage=url)) as leader:
-        wait_for(lambda: begun(url, "shared"), leader)
-        join = ["join", "shared", "--storage", url, "--data", str(second.data)]
-        with second.tuner(*join) as joiner:
-            with frozen(leader):
-                wait_for(lambda: num_drivers(url, "shared") == 2, joiner)
+    with first.start(*first.search("shared", "--storage", url)) as leader:
+        _wait_for(lambda: begun(url, "shared"), leader)
+        with joining(second, "shared", url, leader) as joiner:
             joined = output_of(joiner)
         ended = output_of(leader)
-    ran = first.outcomes("shared"), second.outcomes("shared")
+    ran = first.logged("shared"), second.logged("shared")
     assert min(len(ran[0]), len(ran[1])) >= 2, ran
     assert sorted([*ran[0], *ran[1]]) == list(range(NUM_TRIALS)), "disjoint, and all"
-    by_driver = owners(url, first, "shared")
+    by_driver = owners(first, "shared")
     assert len(set(by_driver.values())) == 2
     assert len({by_driver[n] for n in ran[0]}) == len({by_driver[n] for n in ran[1]}) == 1
     number, value = best_of(joined)
@@ -269,55 +194,45 @@ def test_two_homes_share_a_study(machines: tuple[Machine, Machine], url: str) ->
     assert "The process that began the study is gone" not in joined
     assert "models:/drawn@challenger" in ended and "models:" not in joined
     assert_whole(first, "shared")
-    assert not (second.home / "studies" / "shared" / "winner.json").exists()
+    assert not (second.folder("shared") / "winner.json").exists()
 
 
-def test_both_parts_are_shared(machines: tuple[Machine, Machine], url: str) -> None:
+def test_both_parts_are_shared(machines: tuple[Workplace, Workplace], url: str) -> None:
     first, second = machines
-    command = search(first, "staged", epochs=1, storage=url)
-    (first.data.parent / "shared.yaml").write_text(TWO_PARTS)
-    with first.tuner(*command) as leader:
-        wait_for(lambda: begun(url, "staged"), leader)
-        join = ["join", "staged", "--storage", url, "--data", str(second.data)]
-        with second.tuner(*join) as joiner:
-            with frozen(leader):
-                wait_for(lambda: num_drivers(url, "staged") == 2, joiner)
+    first.space.write_text(TWO_PARTS)
+    with first.start(*first.search("staged", "--storage", url)) as leader:
+        _wait_for(lambda: begun(url, "staged"), leader)
+        with joining(second, "staged", url, leader) as joiner:
             joined = output_of(joiner)
         ended = output_of(leader)
     assert "staged: 12 trials" in joined and "staged-finetune: 8 trials" in joined
     for study, total in (("staged", 12), ("staged-finetune", 8)):
-        ran = first.outcomes(study), second.outcomes(study)
+        ran = first.logged(study), second.logged(study)
         assert sorted([*ran[0], *ran[1]]) == list(range(total))
-        assert set(owners(url, first, study)) == set(range(total))
+        assert set(owners(first, study)) == set(range(total))
     assert ran[0] and ran[1], "one of them ran nothing of the second part"
-    heads = [m.home / "studies" / "staged-finetune" / "heads" for m in machines]
+    heads = [m.folder("staged-finetune") / "heads" for m in machines]
     files = [sorted(path.name for path in folder.iterdir()) for folder in heads]
     assert files[0] == files[1] and len(files[0]) == 2
     assert "models:/drawn@challenger" in ended
 
 
 def test_the_joiner_ends_what_a_killed_leader_began(
-    machines: tuple[Machine, Machine], url: str
+    machines: tuple[Workplace, Workplace], url: str
 ) -> None:
     first, second = machines
-    with first.tuner(*search(first, "orphaned", epochs=600, storage=url)) as leader:
-        wait_for(lambda: begun(url, "orphaned"), leader)
-        join = ["join", "orphaned", "--storage", url, "--data", str(second.data)]
-        with second.tuner(*join) as joiner:
-            with frozen(leader):
-                wait_for(lambda: num_drivers(url, "orphaned") == 2, joiner)
-            wait_for(lambda: has_trials(url, "orphaned", joiner), leader, joiner)
+    with first.start(*first.search("orphaned", "--storage", url)) as leader:
+        _wait_for(lambda: begun(url, "orphaned"), leader)
+        with joining(second, "orphaned", url, leader) as joiner:
+            _wait_for(lambda: has_trials(url, "orphaned", joiner), leader, joiner)
             os.killpg(leader.pid, signal.SIGKILL)
-            killed = time.monotonic()
             leader.communicate()
-            assert not (first.home / "studies" / "orphaned" / "winner.json").exists()
+            assert not (first.folder("orphaned") / "winner.json").exists()
             joined = output_of(joiner)
-            print(f"the joiner ended {time.monotonic() - killed:.0f} s after the kill")
     assert "The process that began the study is gone" in joined
     assert "tuner resume orphaned" in joined
-    ran = first.outcomes("orphaned"), second.outcomes("orphaned")
-    assert sorted({*ran[0], *ran[1]}) == list(range(NUM_TRIALS))
-    assert len(ran[0]) + len(ran[1]) == NUM_TRIALS, "a trial was run to its end twice"
+    ran = first.logged("orphaned"), second.logged("orphaned")
+    assert sorted([*ran[0], *ran[1]]) == list(range(NUM_TRIALS)), "each run to its end once"
     number, value = best_of(joined)
     ended = first.run("resume", "orphaned")
     assert re.search(rf"│ +{number} +│ +{value} +│", ended), ended
@@ -325,28 +240,28 @@ def test_the_joiner_ends_what_a_killed_leader_began(
 
 
 def test_a_leader_takes_over_from_a_killed_joiner_in_one_home(
-    machines: tuple[Machine, Machine],
+    machines: tuple[Workplace, Workplace],
 ) -> None:
     """On the journal file. Who joins a finished study has nothing to do."""
     first, _ = machines
     study = "local"
-    with first.tuner(*search(first, study, epochs=600)) as leader:
-        log = first.home / "studies" / study / "journal.log"
-        wait_for(lambda: log.exists() and f'"{BUDGET}"' in log.read_text(), leader)
-        with first.tuner("join", study) as joiner:
-            drivers = first.home / "studies" / study / ".drivers"
+    with first.start(*first.search(study)) as leader:
+        log = first.folder(study) / "journal.log"
+        _wait_for(lambda: log.exists() and f'"{BUDGET}"' in log.read_text(), leader)
+        with first.start("join", study) as joiner:
+            drivers = first.folder(study) / ".drivers"
             with frozen(leader):
-                wait_for(lambda: len(list(drivers.iterdir())) == 2, joiner)
-            wait_for(lambda: f"-{joiner.pid}-" in _owned(log), leader, joiner)
+                _wait_for(lambda: len(list(drivers.iterdir())) == 2, joiner)
+            _wait_for(lambda: f"-{joiner.pid}-" in _owned(log), leader, joiner)
             os.killpg(joiner.pid, signal.SIGKILL)
             joiner.communicate()
         ended = output_of(leader)
     assert f"{NUM_TRIALS} trials" in ended
-    assert sorted(first.outcomes(study)) == list(range(NUM_TRIALS))
+    assert first.logged(study) == list(range(NUM_TRIALS))
     assert_whole(first, study)
     again = first.run("join", study)
     assert f"local: {NUM_TRIALS} trials" in again
-    assert sorted(first.outcomes(study)) == list(range(NUM_TRIALS))
+    assert first.logged(study) == list(range(NUM_TRIALS))
 
 
 def _owned(log: Path) -> str:

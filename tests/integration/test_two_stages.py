@@ -4,26 +4,20 @@ command, a real Ray, a real MLflow, drawn posters."""
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
-import optuna
 import pytest
 from mlflow import MlflowClient
 from safetensors import safe_open
 
 from core.synth import draw_posters
-from tuner.home import Home
 from tuner.studies.seeds import choose_seeds
 from tuner.studies.study import TrialRecord, open_study
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
+from ..processes import output_of, wait_for
+from .workplace import Workplace
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 NUM_PROBES, NUM_FINETUNED = 6, 3
 SPACE = f"""
@@ -63,101 +57,44 @@ finetune:
 """
 
 
-# A shell's background jobs ignore Ctrl-C, and these tests may be in one.
-RUN = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from tuner.cli.main import main
-main()
-"""
+def trials_of(place: Workplace, study: str) -> dict[str, list[TrialRecord]]:
+    """By part, in the order of their numbers, as `tuner trials --json` tells them."""
+    found: dict[str, list[TrialRecord]] = {}
+    for row in place.rows(study):
+        found.setdefault(row.pop("study"), []).append(TrialRecord(**row))
+    return {name: sorted(trials, key=lambda t: t.number) for name, trials in found.items()}
 
 
-class Workplace:
-    """A home folder, drawn posters and a two-part space; runs `tuner` there."""
+def check_whole(place: Workplace, study: str) -> dict[str, list[TrialRecord]]:
+    """Both parts: every trial once in Optuna and in MLflow, none of them running."""
+    trials = trials_of(place, study)
+    expected = {study: NUM_PROBES, f"{study}-finetune": NUM_FINETUNED}
+    assert {name: len(found) for name, found in trials.items()} == expected
+    for name, count in expected.items():
+        place.check_whole(name, count)
+    return trials
 
-    def __init__(self, root: Path) -> None:
-        self.home = Home(root=root / "home")
-        self.data = root / "drawn"
-        self.space = root / "staged.yaml"
-        self.space.write_text(SPACE)
-        draw_posters(self.data, num_images=150, size=(60, 90))
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        environment = {**os.environ, "TUNER_HOME": str(self.home.root), "COLUMNS": "160"}
-        environment.pop("MLFLOW_TRACKING_URI", None)
-        return subprocess.Popen(
-            [sys.executable, "-c", RUN, *arguments],
-            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-
-    def run(self, *arguments: str, code: int = 0) -> str:
-        with self.start(*arguments) as process:
-            output, _ = process.communicate(timeout=300)
-        assert process.returncode == code, output
-        return output
-
-    def search(self, study: str, *arguments: str) -> list[str]:
-        space, data = str(self.space), str(self.data)
-        return ["search", space, "--data", data, "--weights", "none", "--study", study, *arguments]
-
-    def trials(self, study: str) -> dict[str, list[TrialRecord]]:
-        """By study, in the order of their numbers, as `tuner trials --json` tells them."""
-        found: dict[str, list[TrialRecord]] = {}
-        for line in self.run("trials", study, "--json").splitlines():
-            values = json.loads(line)
-            found.setdefault(values.pop("study"), []).append(TrialRecord(**values))
-        return {name: sorted(trials, key=lambda t: t.number) for name, trials in found.items()}
-
-    def runs(self, study: str) -> tuple[Any, list[Any]]:
-        """The study's parent run and its child runs in MLflow."""
-        client = MlflowClient(self.home.tracking_uri)
-        experiment = client.get_experiment_by_name("drawn")
-        assert experiment is not None
-        query = f"tags.`tuner.study` = '{study}'"
-        runs = list(client.search_runs([experiment.experiment_id], query, max_results=100))
-        (parent,) = [run for run in runs if run.data.tags["tuner.trial"] == "study"]
-        children = [run for run in runs if run is not parent]
-        assert {c.data.tags["mlflow.parentRunId"] for c in children} <= {parent.info.run_id}
-        return parent, children
-
-    def check_whole(self, study: str) -> dict[str, list[TrialRecord]]:
-        """Both parts: every trial once in Optuna and in MLflow, none of them running."""
-        trials = self.trials(study)
-        expected = {study: NUM_PROBES, f"{study}-finetune": NUM_FINETUNED}
-        assert {name: len(found) for name, found in trials.items()} == expected
-        assert [t.reason for found in trials.values() for t in found if t.status == "failed"] == []
-        for name, count in expected.items():
-            states = open_study(self.home, name).optuna().get_trials(deepcopy=False)
-            assert {state.state.name for state in states} <= {"COMPLETE", "PRUNED"}
-            parent, children = self.runs(name)
-            assert parent.info.status == "FINISHED"
-            numbers = sorted(int(child.data.tags["tuner.trial"]) for child in children)
-            assert numbers == list(range(count))
-            assert {child.info.status for child in children} == {"FINISHED"}
-        return trials
-
-    def check_seeds(self, study: str, trials: dict[str, list[TrialRecord]]) -> list[int]:
-        """The first fine-tuning trials hold what the best probes settled; gives those probes."""
-        space = open_study(self.home, study).space()
-        seeds = choose_seeds(trials[study], space)
-        best = sorted(
-            (t for t in trials[study] if t.status == "complete"), key=lambda t: -(t.value or 0)
-        )
-        assert [seed.number for seed in seeds] == [probe.number for probe in best[:2]]
-        for probe, trial in zip(best, trials[f"{study}-finetune"][:2], strict=False):
-            for name in ("backbone", "image_size", "head", "weight_decay", "batch_size"):
-                assert trial.settings[name] == probe.settings[name]
-            assert trial.settings.get("hidden_sizes") == probe.settings.get("hidden_sizes")
-        return [seed.number for seed in seeds]
+def check_seeds(place: Workplace, study: str, trials: dict[str, list[TrialRecord]]) -> list[int]:
+    """The first fine-tuning trials hold what the best probes settled; gives those probes."""
+    space = open_study(place.home, study).space()
+    seeds = choose_seeds(trials[study], space)
+    best = sorted(
+        (t for t in trials[study] if t.status == "complete"), key=lambda t: -(t.value or 0)
+    )
+    assert len(seeds) == 2 and [seed.number for seed in seeds] == [p.number for p in best[:2]]
+    for probe, trial in zip(best[:2], trials[f"{study}-finetune"][:2], strict=True):
+        for name in ("backbone", "image_size", "head", "weight_decay", "batch_size"):
+            assert trial.settings[name] == probe.settings[name]
+        assert trial.settings.get("hidden_sizes") == probe.settings.get("hidden_sizes")
+    return [seed.number for seed in seeds]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        yield Workplace(tmp_path_factory.mktemp("staged"))
+def place(tmp_path_factory: pytest.TempPathFactory, quiet_optuna: None) -> Workplace:
+    root = tmp_path_factory.mktemp("staged")
+    draw_posters(root / "drawn", num_images=150, size=(60, 90))
+    return Workplace(root, SPACE, flags=())
 
 
 @pytest.fixture(scope="module")
@@ -167,8 +104,8 @@ def finished(place: Workplace) -> str:
 
 
 def test_both_parts_run_and_are_shown(place: Workplace, finished: str) -> None:
-    trials = place.check_whole("one")
-    probes = place.check_seeds("one", trials)
+    trials = check_whole(place, "one")
+    probes = check_seeds(place, "one", trials)
     for text in (
         f"{NUM_PROBES}/{NUM_PROBES} trials",
         f"fine-tuning starts from probes {probes[0]}, {probes[1]}: ",
@@ -193,7 +130,7 @@ def test_the_test_split_is_scored_once_for_one_model(place: Workplace, finished:
     # Probes and fine-tuned trials competed, best validation first, for four places.
     everyone = [
         (study, trial)
-        for study, trials in place.trials("one").items()
+        for study, trials in trials_of(place, "one").items()
         for trial in trials
         if trial.status == "complete"
     ]
@@ -212,9 +149,10 @@ def test_the_test_split_is_scored_once_for_one_model(place: Workplace, finished:
 
 def test_heads_of_the_best_probes_are_kept(place: Workplace, finished: str) -> None:
     """One of each structure with a complete probe; fine-tuning began with them."""
-    folder = place.home.studies / "one-finetune" / "heads"
-    complete = [t for t in place.trials("one")["one"] if t.status == "complete"]
+    folder = place.folder("one-finetune") / "heads"
+    complete = [t for t in trials_of(place, "one")["one"] if t.status == "complete"]
     kinds = {str(t.settings["head"]) for t in complete}
+    assert kinds
     index = json.loads((folder / "index.json").read_text())
     best = {
         max((t for t in complete if t.settings["head"] == kind), key=lambda t: t.value or 0).number
@@ -239,17 +177,12 @@ def test_an_interruption_between_the_parts_loses_nothing(
     place: Workplace, how: signal.Signals
 ) -> None:
     study = f"stopped-{how.name.lower()}"
-    begun = place.home.studies / f"{study}-finetune" / "study.json"
+    begun = place.folder(f"{study}-finetune") / "study.json"
     with place.start(*place.search(study, "--model", study)) as process:
-        give_up = time.monotonic() + 200
-        while not begun.exists():
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < give_up
-            time.sleep(0.02)
+        wait_for(begun.exists, process)
         process.send_signal(how)
-        output, _ = process.communicate(timeout=120)
-    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL), output
-    log = place.home.studies / study / "outcomes.jsonl"
+        output = output_of(process, code=130 if how == signal.SIGINT else -signal.SIGKILL)
+    log = place.folder(study) / "outcomes.jsonl"
     before = log.read_text()
     assert before.count("\n") == NUM_PROBES
     points = open_study(place.home, f"{study}-finetune").space().points
@@ -258,7 +191,6 @@ def test_an_interruption_between_the_parts_loses_nothing(
     place.run("resume", study)
     assert log.read_text() == before, "no probe ran again"
     assert open_study(place.home, f"{study}-finetune").space().points == points
-    trials = place.trials(study)
-    place.check_seeds(study, trials)
-    lines = (log.parent.parent / f"{study}-finetune" / "outcomes.jsonl").read_text().splitlines()
-    assert sorted(json.loads(line)["number"] for line in lines) == list(range(NUM_FINETUNED))
+    trials = trials_of(place, study)
+    check_seeds(place, study, trials)
+    assert place.logged(f"{study}-finetune") == list(range(NUM_FINETUNED))

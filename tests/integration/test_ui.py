@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,8 @@ from core.report import Outcome, Status
 from tuner.home import Home, open_home
 from tuner.studies.study import StudyRecord, create_study
 from tuner.tracking.tracker import Tracker
+
+from ..servers import free_port
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -55,9 +56,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 @pytest.fixture(scope="module")
 def server(home: Home) -> Iterator[list[str]]:
     """The lines that `tuner ui` printed; the server runs while tests do."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = {**os.environ, "TUNER_HOME": str(home.root)}
     environment.pop("MLFLOW_TRACKING_URI", None)
     log = home.root / "ui.log"

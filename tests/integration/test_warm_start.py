@@ -16,9 +16,10 @@ from tuner.budgets.quote_view import FILE
 from tuner.studies.study import open_study
 from tuner.studies.warm_start import FILE as WARM_FILE
 
-from .small_study import PROBES, Workplace
+from .small_study import PROBES
+from .workplace import Workplace
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
 WIDENED = 3.0
 """So far outside the quote is still right: other programs share the machine of these tests."""
@@ -27,7 +28,7 @@ RANGE = r"\(([\d.]+) to ([\d.]+)\)"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    return Workplace(tmp_path_factory.mktemp("warm"))
+    return Workplace(tmp_path_factory.mktemp("warm"), PROBES)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ..lossy_proxy import LossyProxy, lossy_proxy
+from ..servers import mlflow_server
+
 NUM_IMAGES = 24
 CLASSES = ("Action", "Drama", "N/A", "War")
 SPACE = """\
@@ -34,6 +37,49 @@ class Ended:
 
 
 Command = Callable[..., Ended]
+
+
+@pytest.fixture(scope="session")
+def tracking_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real MLflow server on sqlite; each test writes a study of its own `name`."""
+    from tuner.tracking.mlflow_store import quiet_mlflow
+
+    quiet_mlflow()
+    folder = tmp_path_factory.mktemp("mlflow")
+    with mlflow_server(f"sqlite:///{folder / 'mlflow.db'}", folder) as address:
+        yield address
+
+
+@pytest.fixture
+def tracking_proxy(tracking_server: str) -> Iterator[LossyProxy]:
+    """A proxy before that server, which loses what the test says."""
+    with lossy_proxy(tracking_server) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def quick_delivery(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What could not be written is tried again almost at once."""
+    monkeypatch.setattr("tuner.tracking.delivery.FIRST_PAUSE", 0.02)
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    """Of a study that no other test has."""
+    return "".join(c if c.isalnum() else "-" for c in str(request.node.name))[:80]
+
+
+@pytest.fixture
+def url_of(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], str | None]:
+    """The storage URL of a kind; PostgreSQL is started only if it is asked for."""
+
+    def find(kind: str) -> str | None:
+        if kind == "postgresql":
+            url: str = request.getfixturevalue("postgres").url
+            return url
+        return f"sqlite:///{tmp_path}/optuna.db" if kind == "sqlite" else None
+
+    return find
 
 
 @pytest.fixture

@@ -78,7 +78,7 @@ class CuttingProxy:
                 if moment in ("after", "late"):
                     answered.clear()
                     server.sendall(data)
-                    assert answered.wait(10)
+                    assert answered.wait(60)
                 if moment is not None:
                     break
                 server.sendall(data)

@@ -49,7 +49,7 @@ def test_nobody_answers(
             "search", space, "--data", data, flag, address.format(port=port),
             says=(where, problem, reason, hint),
         )  # fmt: skip
-        assert time.monotonic() - started < 15
+        assert time.monotonic() - started < 45, "their own limits are minutes"
         assert "secret" not in message
 
 

@@ -12,42 +12,24 @@ import optuna
 import pytest
 
 from core.config import TrialConfig
-from core.data.split import make_split
-from core.data.table import read_table
 from core.encoding.encoders import build_encoder
 from core.heads import build_head
 from core.models.model import save_model
-from core.precision import FLOAT32
-from core.synth import draw_posters
 from tuner.goals import costs
 from tuner.goals.costs import COSTS, Shape, measure, measured_costs, read_costs, shape_of, shapes_of
 from tuner.spaces.file import parse_space
 from tuner.trials.cluster import Workers
 from tuner.trials.context import Context
 
+from ..contexts import drawn_table, small_context
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
-    folder = tmp_path_factory.mktemp("drawn")
-    draw_posters(folder, num_images=120, size=(60, 90))
-    table = read_table(folder)
-    return Context(
-        study="s",
-        table=table,
-        split=make_split(table, groups=range(table.num_images)),
-        pictures="abc",
-        objective="top3_accuracy",
-        seed=0,
-        cache=folder / "cache",
-        folder=folder / "study",
-        weights="none",
-        weights_dir=None,
-        rungs=(),
-        precision=FLOAT32,
-        num_threads=1,
-    )
+    folder = tmp_path_factory.mktemp("costs")
+    return small_context(drawn_table(folder, 120, (60, 90)), folder)
 
 
 SMALL = TrialConfig(backbone="squeezenet1_1", image_size=64)

@@ -25,6 +25,8 @@ from tuner.studies.outcomes import OutcomeLog
 from tuner.trials.cluster import Machine, Workers
 from tuner.trials.searcher import Budget, CohortSearcher
 
+pytestmark = pytest.mark.usefixtures("quiet_optuna")
+
 MACHINE = Machine(cpus=8.0, gpus=0.0)
 
 
@@ -43,7 +45,6 @@ def clock() -> Clock:
 
 @pytest.fixture
 def study() -> optuna.Study:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna.create_study(direction="maximize")
 
 

@@ -11,20 +11,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
-import optuna
 import pytest
 
 import tuner.drivers.presence
 from core.errors import InputError
-from tuner.drivers.lock import DriverLock, FileLock, PostgresLock, check_shared, driver_lock
+from tuner.drivers.lock import DriverLock, PostgresLock, check_shared, driver_lock
 from tuner.drivers.presence import FOLDER, PREFIX, Driver, driving
 from tuner.studies.storage import open_storage
-from tuner.studies.study import Study
 
-from ..servers import Postgres, postgres_server
+from ..servers import Postgres
+from .small_drivers import BEAT, KINDS, driver_in, study_in
 
-BEAT = 0.05
-KINDS = ("journal", "sqlite", "postgresql")
+pytestmark = pytest.mark.usefixtures("quiet_optuna")
 
 HOLD = """
 import sys, time
@@ -35,54 +33,6 @@ with driver_lock(url, Path(sys.argv[2]), sys.argv[3], wait=lambda: None).hold():
     print("held", flush=True)
     time.sleep(60)
 """
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    with postgres_server(tmp_path_factory.mktemp("postgres")) as server:
-        if server is None:
-            pytest.skip("there is no PostgreSQL here (initdb), or no psycopg2")
-        yield server
-
-
-@pytest.fixture
-def name(request: pytest.FixtureRequest) -> str:
-    return "".join(c if c.isalnum() else "-" for c in str(request.node.name))
-
-
-@pytest.fixture
-def url_of(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], str | None]:
-    """The storage URL of a kind; PostgreSQL is started only if it is asked for."""
-
-    def find(kind: str) -> str | None:
-        if kind == "postgresql":
-            url: str = request.getfixturevalue("server").url
-            return url
-        return f"sqlite:///{tmp_path}/optuna.db" if kind == "sqlite" else None
-
-    return find
-
-
-def study_in(home: Path, name: str, url: str | None = None) -> Study:
-    """A study as another home has it; the drivers need no more of its record than this."""
-    folder = home / name
-    folder.mkdir(parents=True, exist_ok=True)
-    record = SimpleNamespace(name=name, storage=url, space={})
-    return Study(folder, record)  # type: ignore[arg-type]
-
-
-def driver_in(
-    study: Study, *, joins: bool = False, lock: DriverLock | None = None, silent: float = 1.0
-) -> Driver:
-    return Driver(
-        study.optuna(),
-        study.folder,
-        joins=joins,
-        lock=lock or FileLock(study.folder / "lock"),
-        beats=study.record.storage is not None,
-        beat_seconds=BEAT,
-        silent_seconds=silent,
-    )
 
 
 # ---- the lock -----------------------------------------------------------------------------
@@ -134,30 +84,30 @@ def test_the_lock_of_a_killed_process_is_free(
         thread.start()
         assert not taken.wait(0.5)
         holder.kill()
-        assert taken.wait(10)
+        assert taken.wait(60)
         thread.join()
 
 
-def test_locks_of_other_studies_do_not_wait(server: Postgres, tmp_path: Path) -> None:
+def test_locks_of_other_studies_do_not_wait(postgres: Postgres, tmp_path: Path) -> None:
     def lock(name: str) -> DriverLock:
-        return PostgresLock(server.url, name, wait=lambda: None)
+        return PostgresLock(postgres.url, name, wait=lambda: None)
 
     with lock("one").hold(), lock("two").hold():
         pass
 
 
-def test_a_lock_is_lost_with_its_server_and_had_again(server: Postgres, name: str) -> None:
+def test_a_lock_is_lost_with_its_server_and_had_again(postgres: Postgres, name: str) -> None:
     waits = []
 
     def wait() -> None:
-        waits.append(server.running)
-        if not server.running:
-            server.start()
+        waits.append(postgres.running)
+        if not postgres.running:
+            postgres.start()
 
-    lock = PostgresLock(server.url, name, wait=wait)
+    lock = PostgresLock(postgres.url, name, wait=wait)
     with lock.hold() as kept:
         assert kept()
-        server.stop()
+        postgres.stop()
         assert not kept()
     with lock.hold() as kept:
         assert kept()
@@ -165,10 +115,10 @@ def test_a_lock_is_lost_with_its_server_and_had_again(server: Postgres, name: st
 
 
 def test_a_frozen_holder_loses_the_lock(
-    server: Postgres, name: str, monkeypatch: pytest.MonkeyPatch
+    postgres: Postgres, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tuner.drivers.lock.IDLE_SECONDS", 1)
-    first, second = (PostgresLock(server.url, name, wait=lambda: None) for _ in range(2))
+    first, second = (PostgresLock(postgres.url, name, wait=lambda: None) for _ in range(2))
     started = time.monotonic()
     with first.hold() as kept, second.hold() as taken:
         assert time.monotonic() - started > 0.9
@@ -212,15 +162,16 @@ def test_drivers_of_two_homes_live_as_long_as_they_beat(
     url = url_of("postgresql")
     here, there = (study_in(tmp_path / home, name, url) for home in ("here", "there"))
     with (
-        registered(driver_in(here, silent=4 * BEAT)) as watching,
+        registered(driver_in(here, silent=30 * BEAT)) as watching,
         registered(driver_in(there, joins=True)) as other,
     ):
-        deadline = time.monotonic() + 20 * BEAT
+        # For longer than the silence that ends a driver.
+        deadline = time.monotonic() + 45 * BEAT
         while time.monotonic() < deadline:
             assert watching.others() == {other.id: True}
             time.sleep(BEAT / 3)
         other._stop.set()  # It freezes: nothing is told, nothing is ended.
-        give_up = time.monotonic() + 20
+        give_up = time.monotonic() + 60
         while watching.others():
             assert time.monotonic() < give_up
             time.sleep(BEAT / 3)
@@ -272,7 +223,7 @@ def test_a_second_first_driver_is_refused(
     url_of: Callable[[str], str | None], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuner.drivers.presence, "BEAT_SECONDS", BEAT)
-    monkeypatch.setattr(tuner.drivers.presence, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(tuner.drivers.presence, "SILENT_SECONDS", 5.0)
     url = url_of("postgresql")
     here, there = (study_in(tmp_path / home, name, url) for home in ("here", "there"))
     with driving(here):
@@ -300,20 +251,15 @@ def test_a_dead_first_driver_of_another_home_is_waited_out(
         assert time.monotonic() - started > 0.4
 
 
-def test_what_the_beat_met_is_raised(server: Postgres, tmp_path: Path, name: str) -> None:
-    study = study_in(tmp_path, name, server.url)
-    study._storage = open_storage(server.url, study.folder, limit=0.2)
+def test_what_the_beat_met_is_raised(postgres: Postgres, tmp_path: Path, name: str) -> None:
+    study = study_in(tmp_path, name, postgres.url)
+    study._storage = open_storage(postgres.url, study.folder, limit=0.2)
     with pytest.raises(InputError, match="storage"), registered(driver_in(study)) as driver:
-        server.stop()
-        give_up = time.monotonic() + 20
+        postgres.stop()
+        give_up = time.monotonic() + 60
         try:
             while driver._error is None and time.monotonic() < give_up:
                 time.sleep(0.05)
         finally:
-            server.start()
+            postgres.start()
         driver.check()
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> None:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections import namedtuple
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from core.data.split import make_split
-from core.data.table import Table, read_table
+from core.data.table import Table
 from core.encoding import shards
 from core.encoding.encoders import build_encoder
 from core.encoding.features import PIXELS
 from core.errors import InputError
 from core.images import pixels as core_pixels
 from core.images.pictures import decode_square, open_picture
-from core.precision import FLOAT32
-from core.synth import draw_posters
 from tuner.features import feature_work
 from tuner.features.feature_work import FeatureWork, do_work, ensure_features, plan_work
 from tuner.trials.context import Context, FeatureRequest
+
+from ..contexts import drawn_table, small_context
 
 NUM, SHARD = 130, 50  # shards of 50, 50 and 30 rows
 FFN = FeatureRequest(backbone="ffn", image_size=24, pooling="avg")
@@ -35,39 +33,22 @@ RAW = FeatureRequest(backbone="squeezenet1_1", image_size=48, pooling=PIXELS)
 REQUESTS = [FFN, SMALL, dataclasses.replace(SMALL, view="mirrored"), LARGE, RAW]
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "SHARD_ROWS", SHARD)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
-    folder = tmp_path_factory.mktemp("drawn")
-    draw_posters(folder, num_images=NUM, size=(48, 64))
-    return read_table(folder)
+    return drawn_table(tmp_path_factory.mktemp("work"), NUM)
 
 
 @pytest.fixture
 def context(table: Table, tmp_path: Path) -> Context:
-    return Context(
-        study="s",
-        table=table,
-        split=make_split(table, groups=range(table.num_images)),
-        pictures="abc",
-        objective="top3_accuracy",
-        seed=0,
-        cache=tmp_path / "cache",
-        folder=tmp_path,
-        weights="none",
-        weights_dir=None,
-        rungs=(),
-        precision=FLOAT32,
-        num_threads=1,
-    )
+    return small_context(table, tmp_path)
 
 
 @pytest.fixture

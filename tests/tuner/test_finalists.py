@@ -17,18 +17,14 @@ import torch
 from sklearn.metrics import f1_score
 
 from core.config import TrialConfig
-from core.data.split import make_split
-from core.data.table import read_table
 from core.encoding.encoders import build_encoder
 from core.encoding.inputs import feature_statistics
 from core.errors import InputError
 from core.metrics import topk_recall
 from core.models.manifest import read_manifest
 from core.models.model import load_model
-from core.precision import FLOAT32
 from core.probing.probe import train_probes
 from core.report import Status
-from core.synth import draw_posters
 from tuner.features.feature_work import ensure_features
 from tuner.finalists.crown import FinalistOptions, Winner, crown
 from tuner.finalists.ensemble import choose_ensemble
@@ -47,6 +43,8 @@ from tuner.finalists.winner import winner_metrics, winner_tags
 from tuner.goals.constraints import RECALL
 from tuner.trials.cohort import save_state
 from tuner.trials.context import Context, request_of
+
+from ..contexts import drawn_table, small_context
 
 PIXELS = TrialConfig(backbone="ffn", image_size=16, epochs=4, batch_size=32, lr=0.003, seed=11)
 CONVOLUTIONS = TrialConfig(
@@ -103,25 +101,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Context:
-    folder = tmp_path_factory.mktemp("drawn")
-    draw_posters(folder, num_images=150, size=(60, 90))
-    table = read_table(folder)
-    root = tmp_path_factory.mktemp("study")
-    return Context(
-        study="s",
-        table=table,
-        split=make_split(table, groups=range(table.num_images)),
-        pictures="abc",
-        objective="top3_accuracy",
-        seed=0,
-        cache=root / "cache",
-        folder=root / "unused",
-        weights="none",
-        weights_dir=None,
-        rungs=(1, 2),
-        precision=FLOAT32,
-        num_threads=1,
-    )
+    root = tmp_path_factory.mktemp("finalists")
+    return small_context(drawn_table(root, 150, (60, 90)), root, rungs=(1, 2))
 
 
 @pytest.fixture

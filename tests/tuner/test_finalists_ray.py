@@ -12,13 +12,9 @@ import pytest
 from rich.console import Console
 
 from core.config import TrialConfig
-from core.data.split import make_split
-from core.data.table import read_table
 from core.encoding.encoders import build_encoder
 from core.models.manifest import read_manifest
 from core.models.model import load_model
-from core.precision import FLOAT32
-from core.synth import draw_posters
 from tuner.features.feature_work import ensure_features
 from tuner.finalists import crown as finalists
 from tuner.finalists.crown import FinalistOptions, crown
@@ -27,6 +23,8 @@ from tuner.finalists.ray_runner import RayRunner
 from tuner.finalists.repeats import Candidate, kept_path, repeats_of, state_path
 from tuner.trials.cluster import LOCAL, ONE_WORKER, Share, Workers, cluster
 from tuner.trials.context import Context, request_of
+
+from ..contexts import drawn_table, small_context
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -40,25 +38,8 @@ FINETUNE = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
-    folder = tmp_path_factory.mktemp("drawn")
-    draw_posters(folder, num_images=120, size=(48, 60))
-    table = read_table(folder)
-    root = tmp_path_factory.mktemp("study")
-    return Context(
-        study="s",
-        table=table,
-        split=make_split(table, groups=range(table.num_images)),
-        pictures="abc",
-        objective="top3_accuracy",
-        seed=0,
-        cache=root / "cache",
-        folder=root / "folder",
-        weights="none",
-        weights_dir=None,
-        rungs=(1,),
-        precision=FLOAT32,
-        num_threads=1,
-    )
+    root = tmp_path_factory.mktemp("finalists")
+    return small_context(drawn_table(root, 120, (48, 60)), root, rungs=(1,))
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,12 @@ import pytest
 
 from core.report import Outcome, Status
 from tuner.sampling.bounded import BoundedSampler
-from tuner.sampling.registry import build_sampler
+from tuner.sampling.samplers import build_sampler
 from tuner.spaces.file import parse_space
 from tuner.studies.study import trial_records
 from tuner.trials.telling import FITS, tell
+
+pytestmark = pytest.mark.usefixtures("quiet_optuna")
 
 SIZES = [8, 64, 512, 4096]
 NUM_TRIALS = 60
@@ -32,7 +34,6 @@ TOO_BIG = Outcome(status=Status.INFEASIBLE, reason="a batch of 512 does not fit 
 
 
 def _study(seed: int) -> optuna.Study:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = build_sampler(SPACE.sampler, SPACE, seed)
     assert isinstance(sampler, BoundedSampler)
     return optuna.create_study(direction="maximize", sampler=sampler)

@@ -26,17 +26,8 @@ from tuner.studies.parts import begin_finetune_study
 from tuner.studies.shared_record import RECORD, SPLIT, publish_study, published_record
 from tuner.studies.study import Study, create_study
 
-TWO_PARTS = """\
-name: both
-probe:
-  trials: 9
-  parameters: {backbone: squeezenet1_1, image_size: 32, lr: {low: 0.01, high: 1}, epochs: 2}
-finetune:
-  trials: 5
-  from_probes: 2
-  sampler: random
-  parameters: {backbone: squeezenet1_1, image_size: [32, 48], unfrozen_stages: [1, 2], epochs: 2}
-"""
+from .two_parts import TWO_PARTS
+
 Refused = Callable[..., str]
 
 

@@ -12,16 +12,15 @@ import torch
 
 import core.finetuning.step_memory
 from core.config import TrialConfig
-from core.data.split import make_split
-from core.data.table import read_table
 from core.errors import InputError
 from core.finetuning.memory import MemoryModel
 from core.finetuning.ranks import ALONE
-from core.synth import draw_posters
 from tuner.home import open_home
 from tuner.trials import memory
 from tuner.trials.context import Context
 from tuner.trials.memory import memory_model, too_big
+
+from ..contexts import drawn_table, small_context
 
 CPU = torch.device("cpu")
 CONFIG = TrialConfig(mode="finetune", backbone="squeezenet1_1", image_size=32, unfrozen_stages=2)
@@ -31,19 +30,12 @@ LINE = MemoryModel(fixed_bytes=10_000_000, bytes_per_picture=1_000_000, update_b
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("drawn") / "posters"
-    draw_posters(folder, num_images=120, size=(48, 48))
-    return read_table(data=folder)
+    return drawn_table(tmp_path_factory.mktemp("memory"), 120, (48, 48))
 
 
 @pytest.fixture
 def context(table: Any, tmp_path: Path) -> Context:
-    return Context(
-        study="s", table=table, split=make_split(table, seed=0), pictures="p",
-        objective="top3_accuracy", seed=0, cache=tmp_path / "cache", folder=tmp_path / "study",
-        weights="none", weights_dir=None, rungs=(), precision="float32", num_threads=1,
-        memory_bytes=123_750_000,
-    )  # fmt: skip
+    return small_context(table, tmp_path, memory_bytes=123_750_000)
 
 
 @pytest.fixture

@@ -25,12 +25,15 @@ from tuner.goals.pareto import front, layers
 from tuner.goals.pareto_view import draw_front, front_table
 from tuner.home import open_home
 from tuner.sampling.pareto_pruning import FrontPruner, report, reported, should_stop
-from tuner.sampling.registry import SAMPLERS, build_pruner, build_sampler
+from tuner.sampling.pruners import build_pruner
+from tuner.sampling.samplers import SAMPLERS, build_sampler
 from tuner.spaces.file import parse_space
 from tuner.spaces.space import SearchSpace
 from tuner.studies.study import Study, StudyRecord, TrialRecord, create_study, trial_records
 from tuner.trials.telling import tell
 from tuner.views.summary import print_trials
+
+pytestmark = pytest.mark.usefixtures("quiet_optuna")
 
 
 def _space(*costs: str, **changes: Any) -> SearchSpace:
@@ -138,7 +141,6 @@ def test_the_front_as_people_see_it(tmp_path: Path) -> None:
 
 
 def _study(space: SearchSpace, seed: int = 0) -> optuna.Study:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna.create_study(
         directions=["maximize", *("minimize" for _ in space.minimised)],
         sampler=build_sampler(space.sampler, space, seed),
@@ -241,7 +243,8 @@ def test_every_sampler_that_says_so_searches_for_a_front(name: str) -> None:
     finite = {"backbone": list(LATENCY), "lr": [0.001, 0.01, 0.1], "epochs": 9}
     exhaustive = {"parameters": finite} if name in ("grid", "brute_force") else {}
     few = {"startup_trials": 6} if "startup_trials" in SAMPLERS[name].options.model_fields else {}
-    space = _space("latency_ms", sampler={"name": name, **few}, **exhaustive)
+    pruner = {"name": "successive_halving", "min_epochs": 1}
+    space = _space("latency_ms", sampler={"name": name, **few}, pruner=pruner, **exhaustive)
     study = _study(space)
     _run(study, space, 12)
     states = [trial.state for trial in study.trials]

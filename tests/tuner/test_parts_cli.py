@@ -10,17 +10,7 @@ from typing import Any
 
 import pytest
 
-SPACE = """\
-name: both
-probe:
-  trials: 9
-  parameters: {backbone: squeezenet1_1, image_size: 32, lr: {low: 0.01, high: 1}, epochs: 2}
-finetune:
-  trials: 5
-  from_probes: 2
-  sampler: random
-  parameters: {backbone: squeezenet1_1, image_size: [32, 48], unfrozen_stages: [1, 2], epochs: 2}
-"""
+from .two_parts import TWO_PARTS
 
 Run = Callable[..., Any]
 
@@ -28,7 +18,7 @@ Run = Callable[..., Any]
 @pytest.fixture
 def both(tmp_path: Path) -> Path:
     path = tmp_path / "both.yaml"
-    path.write_text(SPACE)
+    path.write_text(TWO_PARTS)
     return path
 
 
@@ -87,7 +77,7 @@ def test_finetune_trials_of_a_space_of_one_part(tuner: Run, data: Path, space: P
 def test_drop_path_is_for_backbones_that_have_it(
     tuner: Run, data: Path, both: Path, drop_path: str, refused: bool
 ) -> None:
-    before, after = SPACE.rsplit("backbone: squeezenet1_1", 1)
+    before, after = TWO_PARTS.rsplit("backbone: squeezenet1_1", 1)
     text = f"{before}backbone: [squeezenet1_1, efficientnet_b0]{after}"
     both.write_text(text.replace("unfrozen_stages: [1, 2]", f"drop_path: {drop_path}"))
     ended = search(tuner, both, data)

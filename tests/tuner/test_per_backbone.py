@@ -6,20 +6,20 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import optuna
 import pytest
-import torch
 from optuna.samplers import RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from core.errors import InputError
 from tuner.sampling.per_backbone import PerValueSampler, threshold_ascent, with_expected_gain
-from tuner.sampling.registry import SamplerSpec, build_sampler
+from tuner.sampling.samplers import SamplerSpec, build_sampler
 from tuner.spaces.file import parse_space
 from tuner.spaces.space import SearchSpace
+
+pytestmark = pytest.mark.usefixtures("one_thread", "quiet_optuna")
 
 PARAMETERS: dict[str, Any] = {
     "backbone": ["ffn", "resnet18", "resnet50"],
@@ -32,16 +32,6 @@ PARAMETERS: dict[str, Any] = {
 }
 BEST_LR = {"ffn": 1e-1, "resnet18": 1e-3, "resnet50": 1e-2}
 LEVEL = {"ffn": 0.0, "resnet18": 0.5, "resnet50": 1.0}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quiet() -> Iterator[None]:
-    before, threads = optuna.logging.get_verbosity(), torch.get_num_threads()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    optuna.logging.set_verbosity(before)
 
 
 def make_space(**options: Any) -> SearchSpace:

@@ -20,7 +20,6 @@ from core.data.split import Split
 from core.data.table import Table
 from core.heads import build_head
 from core.metrics import topk_recall
-from core.precision import FLOAT32
 from core.probing.probe import train_probes
 from core.probing.stack import head_settings
 from tuner.spaces.file import parse_space
@@ -31,6 +30,8 @@ from tuner.trials.context import Context, FeatureRequest, request_of
 from tuner.trials.head_start import head_path, head_state_for
 from tuner.trials.probe_heads import Probe, keep_heads, train_heads
 from tuner.trials.searcher import trial_seed
+
+from ..contexts import small_context
 
 N, D, C = 120, 12, 5
 WORKERS = Workers(count=1, cpus=1.0, gpus=0.0)
@@ -50,11 +51,7 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
         targets_NC=targets_NC, class_names=tuple("abcde"),
     )  # fmt: skip
     split = Split(seed=0, train=rows[:70], validation=rows[70:95], test=rows[95:])
-    return Context(
-        study="s", table=table, split=split, pictures="p", objective="top3_accuracy", seed=5,
-        cache=folder, folder=folder, weights="none", weights_dir=None, rungs=(),
-        precision=FLOAT32, num_threads=1,
-    )  # fmt: skip
+    return small_context(table, folder, split=split, seed=5, folder=folder)
 
 
 @pytest.fixture(scope="module")

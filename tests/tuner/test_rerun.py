@@ -23,9 +23,10 @@ from tuner.spaces.file import parse_space
 from tuner.studies.outcomes import EndedTrial, OutcomeLog
 from tuner.studies.study import create_study
 from tuner.trials.cohort import train_cohort
-from tuner.trials.context import Context, build_backbone, request_of
+from tuner.trials.context import build_backbone, request_of
 from tuner.trials.rerun import LOSS_MOST, Verdict, compare
 
+from ..contexts import small_context
 from .conftest import Command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,11 +65,9 @@ def _study(
     study = create_study(home, record)
     split.save(study.split_path)
     configs = [TrialConfig.from_dict(settings) for settings in trials]
-    context = Context(
-        study="s", table=table, split=Split.load(study.split_path, table),
-        pictures=table.picture_fingerprint(), objective="top3_accuracy", seed=0, cache=home.cache,
-        folder=study.folder, outputs=data.parent / "outputs", weights="none", weights_dir=None,
-        rungs=(), precision=FLOAT32, num_threads=1,
+    context = small_context(
+        table, home.root, split=Split.load(study.split_path, table), cache=home.cache,
+        pictures=table.picture_fingerprint(), folder=study.folder, outputs=data.parent / "outputs",
     )  # fmt: skip
     plain = request_of(configs[0])
     store = ensure_features(context, plain, build_backbone(context, plain))

@@ -22,7 +22,7 @@ from tuner.studies.outage import Outage
 from tuner.studies.storage import engine_options, open_storage, stored_studies, watch_outages
 from tuner.studies.surviving_storage import SurvivingStorage
 
-from ..servers import Postgres, postgres_server
+from ..servers import Postgres
 from .cutting_proxy import CuttingProxy, Moment
 
 
@@ -43,27 +43,14 @@ class Heard:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    with postgres_server(tmp_path_factory.mktemp("postgres")) as server:
-        if server is None:
-            pytest.skip("there is no PostgreSQL here (initdb), or no psycopg2")
-        yield server
-
-
-@pytest.fixture(scope="module")
-def proxy(server: Postgres) -> Iterator[CuttingProxy]:
-    with CuttingProxy(server.port) as proxy:
+def proxy(postgres: Postgres) -> Iterator[CuttingProxy]:
+    with CuttingProxy(postgres.port) as proxy:
         yield proxy
 
 
 @pytest.fixture
-def study_name(request: pytest.FixtureRequest) -> str:
-    return str(request.node.name)
-
-
-@pytest.fixture
-def storage(server: Postgres, tmp_path: Path) -> SurvivingStorage:
-    return _opened(server.url, tmp_path)
+def storage(postgres: Postgres, tmp_path: Path) -> SurvivingStorage:
+    return _opened(postgres.url, tmp_path)
 
 
 def _opened(url: str, folder: Path, *, limit: float = 60) -> SurvivingStorage:
@@ -72,10 +59,10 @@ def _opened(url: str, folder: Path, *, limit: float = 60) -> SurvivingStorage:
     return storage
 
 
-def _through(proxy: CuttingProxy, server: Postgres) -> SurvivingStorage:
+def _through(proxy: CuttingProxy, postgres: Postgres) -> SurvivingStorage:
     """The storage behind the proxy; it tries again at once."""
     proxy.cut_nothing()
-    url = server.url.replace(f":{server.port}/", f":{proxy.port}/")
+    url = postgres.url.replace(f":{postgres.port}/", f":{proxy.port}/")
     outage = Outage(where="--storage", hint="", limit=60, sleep=lambda _: time.sleep(0.01))
     storage = SurvivingStorage(RDBStorage(url, engine_kwargs=engine_options(url)), outage)
     watch_outages(storage, Heard())
@@ -120,9 +107,9 @@ def _check_small_study(reader: RDBStorage, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_each_commit_cut_off_is_done_once(
-    server: Postgres, proxy: CuttingProxy, moment: Moment
+    postgres: Postgres, proxy: CuttingProxy, moment: Moment
 ) -> None:
-    storage, reader = _through(proxy, server), RDBStorage(server.url)
+    storage, reader = _through(proxy, postgres), RDBStorage(postgres.url)
     commit = 0
     while True:
         commit += 1
@@ -139,10 +126,10 @@ def test_each_commit_cut_off_is_done_once(
 
 
 def test_a_commit_that_the_server_does_late_is_done_once(
-    server: Postgres, proxy: CuttingProxy
+    postgres: Postgres, proxy: CuttingProxy
 ) -> None:
     """The server is still at the first try when the second comes: it must wait for it."""
-    storage = _through(proxy, server)
+    storage = _through(proxy, postgres)
     study = optuna.create_study(storage=storage, study_name="late")
     proxy.cut_at(2, "late")  # The first looks for waiting trials.
     trial = study.ask()
@@ -155,14 +142,14 @@ def test_a_commit_that_the_server_does_late_is_done_once(
     proxy.cut_at(2, "late")
     study.tell(trial, 1.0)
     assert proxy.num_cuts == 1
-    read = optuna.load_study(study_name="late", storage=server.url).trials
+    read = optuna.load_study(study_name="late", storage=postgres.url).trials
     assert [t.state for t in read] == [TrialState.COMPLETE, TrialState.RUNNING]
 
 
 def test_a_waiting_trial_that_another_driver_took_meanwhile_is_its_own(
-    server: Postgres, proxy: CuttingProxy, storage: SurvivingStorage
+    postgres: Postgres, proxy: CuttingProxy, storage: SurvivingStorage
 ) -> None:
-    ours = optuna.create_study(storage=_through(proxy, server), study_name="taken")
+    ours = optuna.create_study(storage=_through(proxy, postgres), study_name="taken")
     ours.enqueue_trial({"x": 0.5})
     theirs = optuna.load_study(study_name="taken", storage=storage)
     taken: list[int] = []
@@ -174,9 +161,9 @@ def test_a_waiting_trial_that_another_driver_took_meanwhile_is_its_own(
 
 
 def test_what_another_driver_told_otherwise_is_not_ours(
-    server: Postgres, proxy: CuttingProxy, storage: SurvivingStorage
+    postgres: Postgres, proxy: CuttingProxy, storage: SurvivingStorage
 ) -> None:
-    ours = optuna.create_study(storage=_through(proxy, server), study_name="told")
+    ours = optuna.create_study(storage=_through(proxy, postgres), study_name="told")
     trial = ours.ask()
     theirs = optuna.load_study(study_name="told", storage=storage)
     proxy.cut_at(2, "before", then=lambda: theirs.tell(trial.number, 2.0) and None)
@@ -187,46 +174,46 @@ def test_what_another_driver_told_otherwise_is_not_ours(
 
 
 def test_a_study_that_another_made_meanwhile_is_not_ours(
-    server: Postgres, proxy: CuttingProxy, storage: SurvivingStorage
+    postgres: Postgres, proxy: CuttingProxy, storage: SurvivingStorage
 ) -> None:
     def make() -> None:
         optuna.create_study(storage=storage, study_name="made").set_user_attr("by", "them")
 
-    through = _through(proxy, server)
+    through = _through(proxy, postgres)
     proxy.cut_at(1, "before", then=make)
     with pytest.raises(optuna.exceptions.DuplicatedStudyError):
         through.create_new_study([StudyDirection.MAXIMIZE], "made")
     assert proxy.num_cuts == 1
 
 
-def test_finished_trials_are_added_once(server: Postgres, proxy: CuttingProxy) -> None:
-    study = optuna.create_study(storage=_through(proxy, server), study_name="added")
+def test_finished_trials_are_added_once(postgres: Postgres, proxy: CuttingProxy) -> None:
+    study = optuna.create_study(storage=_through(proxy, postgres), study_name="added")
     added = create_trial(params={"x": 0.5}, distributions={"x": FloatDistribution(0, 1)}, value=3)
     proxy.cut_at(1, "after")
     study.add_trial(added)
     assert proxy.num_cuts == 1
-    (read,) = optuna.load_study(study_name="added", storage=server.url).trials
+    (read,) = optuna.load_study(study_name="added", storage=postgres.url).trials
     assert (read.value, read.params, read.state) == (3, {"x": 0.5}, TrialState.COMPLETE)
     study._storage.delete_study(study._study_id)
-    assert "added" not in stored_studies(server.url)
+    assert "added" not in stored_studies(postgres.url)
 
 
 # ---- the server away for a while --------------------------------------------------------------
 
 
 def test_calls_wait_until_the_server_is_back(
-    server: Postgres, storage: SurvivingStorage, study_name: str
+    postgres: Postgres, storage: SurvivingStorage, name: str
 ) -> None:
     heard = Heard()
     watch_outages(storage, heard)
-    study = optuna.create_study(storage=storage, study_name=study_name)
+    study = optuna.create_study(storage=storage, study_name=name)
     trial = study.ask()
-    server.stop()
-    back = threading.Timer(2, server.start)
+    postgres.stop()
+    back = threading.Timer(2, postgres.start)
+    stopped = time.monotonic()
     back.start()
-    started = time.monotonic()
     study.tell(trial, 1.0)
-    assert time.monotonic() - started > 1.5
+    assert time.monotonic() - stopped > 2
     assert [t.value for t in study.trials] == [1.0]
     assert heard.lines == ["away", "back"]
     assert all("refused" in reason or "starting up" in reason for reason in heard.reasons)
@@ -235,11 +222,11 @@ def test_calls_wait_until_the_server_is_back(
 
 @pytest.mark.slow
 def test_many_threads_ask_through_a_restart(
-    server: Postgres, storage: SurvivingStorage, study_name: str
+    postgres: Postgres, storage: SurvivingStorage, name: str
 ) -> None:
     heard = Heard()
     watch_outages(storage, heard)
-    study = optuna.create_study(storage=storage, study_name=study_name)
+    study = optuna.create_study(storage=storage, study_name=name)
 
     def one(_: int) -> int:
         trial = study.ask()
@@ -250,9 +237,9 @@ def test_many_threads_ask_through_a_restart(
         numbers = pool.map(one, range(60))
         for _ in range(2):
             time.sleep(0.3)
-            server.stop()
+            postgres.stop()
             time.sleep(0.3)
-            server.start()
+            postgres.start()
         assert sorted(numbers) == list(range(60))
     assert {t.state for t in study.trials} == {TrialState.COMPLETE}
     assert len(study.trials) == 60
@@ -262,56 +249,58 @@ def test_many_threads_ask_through_a_restart(
 
 
 def test_after_the_limit_it_says_how_to_go_on_and_waits_no_more(
-    server: Postgres, tmp_path: Path, study_name: str
+    postgres: Postgres, tmp_path: Path, name: str
 ) -> None:
     folder = tmp_path / "mine"
-    storage = _opened(server.url, folder, limit=1)
-    study = optuna.create_study(storage=storage, study_name=study_name)
+    storage = _opened(postgres.url, folder, limit=3)
+    study = optuna.create_study(storage=storage, study_name=name)
     trial = study.ask()
-    server.stop()
+    postgres.stop()
     try:
-        with pytest.raises(InputError, match=r"away, for 1 s now.*\n.*tuner resume mine") as raised:
+        with pytest.raises(InputError, match=r"away, for 3 s now.*\n.*tuner resume mine") as raised:
             study.tell(trial, 1.0)
         assert "bench@127.0.0.1" in str(raised.value)
         started = time.monotonic()
         with pytest.raises(InputError, match="away"):
             _ = study.trials
-        assert time.monotonic() - started < 0.5
+        assert time.monotonic() - started < 3
     finally:
-        server.start()
+        postgres.start()
     study.tell(trial, 1.0)
     assert [t.value for t in study.trials] == [1.0]
 
 
 def test_one_that_is_not_there_at_the_start_is_said_at_once(
-    server: Postgres, tmp_path: Path
+    postgres: Postgres, tmp_path: Path
 ) -> None:
-    server.stop()
+    postgres.stop()
     try:
-        started = time.monotonic()
+        started = time.monotonic()  # An outage would be waited for, for a minute and more.
         with pytest.raises(InputError, match=r"storage cannot be opened.*refused"):
-            open_storage(server.url, tmp_path)
-        assert time.monotonic() - started < 5
+            open_storage(postgres.url, tmp_path)
+        assert time.monotonic() - started < 30
     finally:
-        server.start()
+        postgres.start()
 
 
-def test_waiting_for_the_storage_itself(server: Postgres, storage: SurvivingStorage) -> None:
+def test_waiting_for_the_storage_itself(postgres: Postgres, storage: SurvivingStorage) -> None:
     storage.wait()
-    server.stop()
-    back = threading.Timer(0.5, server.start)
+    postgres.stop()
+    back = threading.Timer(0.5, postgres.start)
+    stopped = time.monotonic()
     back.start()
     storage.wait()
+    assert time.monotonic() - stopped > 0.5, "it was not waited for"
     back.join()
     assert storage.get_all_studies()
 
 
 def test_an_error_of_the_caller_is_no_outage(
-    storage: SurvivingStorage, study_name: str, capsys: pytest.CaptureFixture[str]
+    storage: SurvivingStorage, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    study = optuna.create_study(storage=storage, study_name=study_name)
+    study = optuna.create_study(storage=storage, study_name=name)
     with pytest.raises(optuna.exceptions.DuplicatedStudyError):
-        optuna.create_study(storage=storage, study_name=study_name)
+        optuna.create_study(storage=storage, study_name=name)
     with pytest.raises(KeyError):
         storage.get_trial(10**6)
     with pytest.raises(KeyError):

@@ -23,14 +23,15 @@ from tuner.drivers.turns import SharedBudget, Turns, publish_budget, published_b
 from tuner.studies.study import Study
 from tuner.trials.telling import tell
 
-from ..servers import Postgres, postgres_server
-from .test_drivers import BEAT, KINDS, driver_in, study_in
+from .small_drivers import BEAT, KINDS, driver_in, study_in
+
+pytestmark = pytest.mark.usefixtures("quiet_optuna")
 
 SLOW = pytest.mark.slow
 WORK = """
 import json, sys, time
 from pathlib import Path
-from tests.tuner.test_drivers import driver_in, study_in
+from tests.tuner.small_drivers import driver_in, study_in
 from tuner.drivers.lock import driver_lock
 from tuner.drivers.turns import Turns
 home, name, url, budget, sleep = sys.argv[1:]
@@ -51,30 +52,6 @@ with driver.registered():
                     turns._study.tell(trial, 0.5)
         time.sleep(float(sleep))
 """
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    with postgres_server(tmp_path_factory.mktemp("postgres")) as server:
-        if server is None:
-            pytest.skip("there is no PostgreSQL here (initdb), or no psycopg2")
-        yield server
-
-
-@pytest.fixture
-def name(request: pytest.FixtureRequest) -> str:
-    return "".join(c if c.isalnum() else "-" for c in str(request.node.name))
-
-
-@pytest.fixture
-def url_of(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], str | None]:
-    def find(kind: str) -> str | None:
-        if kind == "postgresql":
-            url: str = request.getfixturevalue("server").url
-            return url
-        return f"sqlite:///{tmp_path}/optuna.db" if kind == "sqlite" else None
-
-    return find
 
 
 @pytest.fixture
@@ -150,7 +127,7 @@ def test_trials_of_a_killed_process_are_taken_over(
             assert turns.others_run()
             process.kill()
             process.wait()
-            give_up = time.monotonic() + 20
+            give_up = time.monotonic() + 100
             while not turns.unfinished:
                 assert time.monotonic() < give_up
                 turns.look(now=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from core.config import TrialConfig
 from core.errors import InputError
 from core.probing.probe import train_probes
 from core.report import Outcome, Status
-from tuner.sampling.registry import PrunerSpec, build_pruner, build_sampler
+from tuner.sampling.pruners import PrunerSpec, build_pruner
+from tuner.sampling.samplers import build_sampler
 from tuner.sampling.wilcoxon import FoldPruner, check_folds, fold_values
 from tuner.spaces.file import parse_space
 from tuner.spaces.space import SearchSpace
@@ -26,18 +27,10 @@ from tuner.studies.plan import make_plan
 from tuner.trials.context import FeatureRequest, request_of
 from tuner.trials.searcher import Budget, CohortSearcher
 
+pytestmark = pytest.mark.usefixtures("one_thread", "quiet_optuna")
+
 NUM_FOLDS, NUM_ROWS, NUM_FEATURES, NUM_CLASSES = 5, 100, 8, 6
 KEY = "validation_top3_accuracy"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quiet() -> Iterator[None]:
-    before, threads = optuna.logging.get_verbosity(), torch.get_num_threads()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    optuna.logging.set_verbosity(before)
 
 
 def make_space(**pruner: Any) -> SearchSpace:
