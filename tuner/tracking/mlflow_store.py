@@ -17,6 +17,7 @@ from urllib.parse import quote
 from core.errors import InputError
 
 from ..addresses import first_line, without_password
+from .sqlite_file import make_whole, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -60,6 +61,7 @@ def open_client(tracking_uri: str) -> MlflowClient:
     """A client with an address of its own: MLflow's global one stays as it is."""
     from mlflow import MlflowClient
 
+    make_whole(tracking_uri)
     return MlflowClient(tracking_uri=tracking_uri)
 
 
@@ -74,8 +76,8 @@ def tracked_studies(uri: str, experiment: str) -> set[str]:
 
 def find_experiment(uri: str, name: str) -> Any:
     """MLflow's experiment, or None. The address has been checked."""
-    file = uri.removeprefix("sqlite:///").split("?")[0]
-    if uri.startswith("sqlite:///") and not Path(file).exists():
+    file = sqlite_path(uri)
+    if file is not None and not file.exists():
         return None  # MLflow would make it.
     quiet_mlflow()
     return open_client(uri).get_experiment_by_name(name)

@@ -13,6 +13,7 @@ from core.errors import InputError
 
 from ..addresses import canonical, check_tracking
 from .artifacts import S3, check_bucket
+from .sqlite_file import sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -52,11 +53,10 @@ def connect(tracking_uri: str | None) -> MlflowClient:
     not there, which MLflow would silently create."""
     from mlflow import MlflowClient
 
-    if tracking_uri is not None and tracking_uri.startswith("sqlite:///"):
-        file = tracking_uri.removeprefix("sqlite:///").split("?")[0]
-        if not Path(file).is_file():
-            raise InputError("there is no MLflow store", where=tracking_uri, hint="--tracking-uri")
     if tracking_uri is not None:
+        file = sqlite_path(tracking_uri)
+        if file is not None and not file.is_file():
+            raise InputError("there is no MLflow store", where=tracking_uri, hint="--tracking-uri")
         check_tracking(tracking_uri)
     return MlflowClient(tracking_uri=tracking_uri)
 
