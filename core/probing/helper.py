@@ -1,4 +1,4 @@
-"""The process at the other end of `helpers.Helper`: hosts groups until its input ends."""
+"""The process at the other end of `helper_pool.Helper`: hosts groups until its input ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .group import Group, Sources, build_groups
-from .helpers import READY, Apply, Begin, MatrixFile
+from .helper_pool import READY, Apply, Begin, MatrixFile
 
 
 def answer(message: Begin | Apply, groups: list[Group]) -> list[Any] | None:

@@ -2,7 +2,7 @@
 
 On a CPU each group has one core. Threads of one process also share Python's lock, and with few
 heads a step is mostly Python: so other processes host a part of the groups where there are any
-(`helpers`). Whoever hosts a group computes the same numbers.
+(`helper_pool`). Whoever hosts a group computes the same numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from .group import Group, Part, Sources, Task, build_groups
-from .helpers import lent_helpers
+from .helper_pool import lent_helpers
 
 SWITCH_SECONDS = 0.0002
 """How long a thread keeps Python's lock while others want it (Python's own: 0.005): an operation

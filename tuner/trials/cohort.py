@@ -74,10 +74,10 @@ def start_helpers(context: Context) -> None:
     cohort does not wait for them."""
     import torch
 
-    from core.probing import helpers
+    from core.probing import helper_pool
 
     if not torch.cuda.is_available():
-        helpers.start_helpers(context.num_threads - 1)
+        helper_pool.start_helpers(context.num_threads - 1)
 
 
 def train_cohort(

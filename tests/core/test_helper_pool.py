@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from core.config import TrialConfig
-from core.probing import helpers, hosts
+from core.probing import helper_pool, hosts
 from core.probing.group import Part, Sources, Task
-from core.probing.helpers import Helper, MatrixFile, by_name, end_helpers, start_helpers
+from core.probing.helper_pool import Helper, MatrixFile, by_name, end_helpers, start_helpers
 from core.probing.probe import train_probes
 from core.report import Outcome, keep_going
 
@@ -36,7 +36,7 @@ def _until(true: Callable[[], bool]) -> None:
 
 
 def _all_ready() -> bool:
-    return bool(helpers._helpers) and all(helper.ready for helper in helpers._helpers)
+    return bool(helper_pool._helpers) and all(helper.ready for helper in helper_pool._helpers)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def two_threads() -> Iterator[None]:
 def helper(two_threads: None) -> Iterator[Helper]:
     start_helpers(1)
     _until(_all_ready)
-    yield helpers._helpers[0]
+    yield helper_pool._helpers[0]
     end_helpers()
 
 
@@ -126,11 +126,11 @@ def test_a_helper_trains_the_same_heads(
             _check_same(_train(features), threads)
     finally:
         end_helpers()
-    begins = [message for message in messages if isinstance(message, helpers.Begin)]
+    begins = [message for message in messages if isinstance(message, helper_pool.Begin)]
     assert [type(begin.features) for begin in begins] == [np.ndarray, MatrixFile]
     for begin in begins:
         assert 4 <= sum(len(part.configs) for part in begin.parts) <= 12
-    epochs = [message for message in messages if isinstance(message, helpers.Apply)]
+    epochs = [message for message in messages if isinstance(message, helper_pool.Apply)]
     assert len(epochs) == 2 * 3 * 2  # two runs of three epochs, to train and to let leave
 
 
@@ -175,7 +175,7 @@ def test_a_killed_helper_is_said_and_the_next_cohort_trains(helper: Helper) -> N
     with pytest.raises(RuntimeError, match=r"ended \(exit code -9\)"):
         _train(report=kill)
     again = _train()
-    assert helpers._helpers[0].pid != helper.pid
+    assert helper_pool._helpers[0].pid != helper.pid
     _until(_all_ready)
     _check_same(_train(), again)
 
@@ -215,7 +215,7 @@ def test_what_goes_wrong_in_a_helper_is_raised_here(helper: Helper) -> None:
         assert len(each(operator.methodcaller("train_epoch", epoch=1))) == 2
         each(_only_in_helpers)
     _until(_all_ready)
-    assert helpers._helpers[0].pid != helper.pid
+    assert helper_pool._helpers[0].pid != helper.pid
 
 
 def _only_in_helpers(group: Any) -> None:
@@ -232,10 +232,10 @@ def test_a_helper_ends_with_the_process_that_asks() -> None:
     """However that ends."""
     code = (
         "import os, signal, time\n"
-        "from core.probing import helpers\n"
-        "helpers.start_helpers(1)\n"
-        "while not helpers._helpers[0].ready: time.sleep(0.02)\n"
-        "print(helpers._helpers[0].pid, flush=True)\n"
+        "from core.probing import helper_pool\n"
+        "helper_pool.start_helpers(1)\n"
+        "while not helper_pool._helpers[0].ready: time.sleep(0.02)\n"
+        "print(helper_pool._helpers[0].pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
@@ -271,12 +271,12 @@ def test_a_part_of_a_mapped_file_is_sent_by_value(tmp_path: Path) -> None:
 
 def test_no_more_helpers_than_the_most(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[int] = []
-    monkeypatch.setattr(helpers, "_helpers", [])
-    monkeypatch.setattr(helpers, "Helper", lambda: started.append(1))
+    monkeypatch.setattr(helper_pool, "_helpers", [])
+    monkeypatch.setattr(helper_pool, "Helper", lambda: started.append(1))
     start_helpers(100)
-    assert len(started) == helpers.MAX_HELPERS
+    assert len(started) == helper_pool.MAX_HELPERS
     start_helpers(3)
-    assert len(started) == helpers.MAX_HELPERS
+    assert len(started) == helper_pool.MAX_HELPERS
 
 
 def test_nobody_hears_of_nothing(helper: Helper) -> None:
