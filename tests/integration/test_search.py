@@ -121,6 +121,7 @@ def test_evaluate_agrees_with_the_study(place: Workplace, finished: str) -> None
     assert scores["prior_baseline"] == parent.data.metrics["test_prior_baseline"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_study_and_no_feature_twice(
     place: Workplace, finished: str
 ) -> None:
@@ -146,9 +147,8 @@ def test_the_same_seed_gives_the_same_study_and_no_feature_twice(
     assert winners[0]["evaluation"] == winners[1]["evaluation"]
 
 
-@pytest.mark.parametrize(
-    "how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_study_is_taken_up(
     place: Workplace, finished: str, how: signal.Signals
 ) -> None:
