@@ -69,7 +69,7 @@ class Encoder(nn.Module):
 
     def _normalised(self, images_N3hw: Tensor) -> Tensor:
         """In the same memory order. In channels_last whole lines are normalised at once: three
-        numbers at a time take twice as long as all else that is done to a picture's floats."""
+        numbers at a time are too few for vector instructions."""
         if not images_N3hw.is_contiguous(memory_format=torch.channels_last):
             return (images_N3hw - self.mean) / self.std
         images_Nhw3 = images_N3hw.permute(0, 2, 3, 1)

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..images.pictures import DECODING, default_threads
+from ..images.pictures import DECODING
 from ..images.pixels import Fetched, Pictures, Progress
 from ..images.views import PLAIN
 from ..precision import FLOAT32, autocast
@@ -156,6 +156,7 @@ def compute_features(
         shard: store.shard_rows(shard).stop - store.shard_rows(shard).start for shard in shards
     }
     count = num_streams(encoder, device)
+    on_cpu = torch.device(device).type == "cpu"
     done, total = 0, sum(sizes.values())
     buffers = _Buffers(encoder.backbone.input_size, batch_size, device)
 
@@ -173,7 +174,7 @@ def compute_features(
         out[:] = features.cpu().numpy()
         return len(pictures)
 
-    with streams(count) as pool, _decoding_ahead(count) as ahead, _writing_behind() as write:
+    with streams(count) as pool, _decoding_ahead(on_cpu) as ahead, _writing_behind() as write:
 
         def begin(shard: int) -> _ShardInWork:
             fetched = pictures_of(shard)
@@ -259,13 +260,13 @@ def _one_ahead(shards: Iterable[int], begin: Callable[[int], T]) -> Iterator[T]:
 
 
 @contextmanager
-def _decoding_ahead(num_streams: int) -> Iterator[Callable[[Callable[[], T]], Callable[[], T]]]:
+def _decoding_ahead(on_cpu: bool) -> Iterator[Callable[[Callable[[], T]], Callable[[], T]]]:
     """Yields a function that has a job done in a thread, and returns what waits for its result.
-    Several streams do their own jobs when it is their turn: they have all cores already."""
-    if num_streams > 1:
+    Streams on a CPU do their own jobs when it is their turn: they have all cores already."""
+    if on_cpu:
         yield lambda job: job
         return
-    with ThreadPoolExecutor(default_threads()) as readers:
+    with ThreadPoolExecutor(torch.get_num_threads()) as readers:
         try:
             yield lambda job: readers.submit(job).result
         finally:

@@ -2,8 +2,8 @@
 
 Torch shares the work of one pass among its threads operation by operation, and they wait for each
 other after each. Batches that go through the network in streams of their own, of one thread each on
-a small machine, wait for nobody: on two cores that is up to a third faster, and a stream decodes
-its pictures while the others compute. On other devices there is one stream.
+a small machine, wait for nobody (`bench_extraction.py`), and a stream decodes its pictures while
+the others compute. On other devices there is one stream.
 """
 
 from __future__ import annotations

@@ -29,7 +29,9 @@ def answer(message: Begin | Apply, groups: list[Group]) -> list[Any] | None:
 
 def main() -> None:
     """Reads messages from the standard input and writes answers to the standard output."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks.
+    # Signals are for the process that asks: with its end, the input ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with os.fdopen(os.dup(1), "wb") as output:
         os.dup2(2, 1)  # What is printed by accident goes where errors go.
         torch.set_num_threads(1)

@@ -27,7 +27,7 @@ from ..encoding.inputs import FloatMatrix
 from .group import Group, Part, Sources, Task
 
 MAX_HELPERS = 7
-"""Each takes some 300 MB for torch alone."""
+"""Each takes memory for a torch of its own."""
 END_SECONDS = 5.0
 READY = "ready"
 
@@ -90,9 +90,14 @@ class Helper:
 
     @property
     def ready(self) -> bool:
-        """Whether it has started; never waits."""
+        """Whether it has started and lives; never waits. One that could not start never is."""
+        if self._process.poll() is not None:
+            return False
         if not self._ready and select.select([self._output], [], [], 0)[0]:
-            self._ready = self.receive() == READY
+            try:
+                self._ready = self.receive() == READY
+            except RuntimeError:  # Its output has ended: it is about to.
+                return False
         return self._ready
 
     def send(self, message: object) -> None:
@@ -135,7 +140,11 @@ class Helper:
         return cast("IO[bytes]", self._process.stdout)
 
     def _died(self) -> RuntimeError:
-        code = self._process.wait(END_SECONDS)
+        try:
+            code = self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
         return RuntimeError(
             f"a process that trained heads ended (exit code {code}); -9 is often for want of memory"
         )

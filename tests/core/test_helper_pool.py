@@ -155,6 +155,20 @@ def test_cohorts_do_not_wait_for_a_helper_to_start(
     assert messages == []
 
 
+def test_a_helper_that_cannot_start_is_done_without(
+    two_threads: None, messages: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    start_helpers(1)
+    try:
+        _train()  # perhaps before its end is seen
+        _until(lambda: helper_pool._helpers[0]._process.poll() is not None)
+        _train()
+    finally:
+        end_helpers()
+    assert messages == []
+
+
 def test_features_too_big_to_copy_stay_with_the_threads(
     helper: Helper, messages: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,9 +194,9 @@ def test_a_killed_helper_is_said_and_the_next_cohort_trains(helper: Helper) -> N
     _check_same(_train(), again)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, None])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, None])
 def test_an_interruption_leaves_helpers_that_work(helper: Helper, sent: int | None) -> None:
-    """Ctrl-C goes to the helper, too, which leaves it to the process that asks."""
+    """Signals go to the helper, too, which leaves them to the process that asks."""
 
     def interrupt(epoch: int, metrics: Any) -> tuple[int, ...]:
         if sent is not None:
