@@ -7,14 +7,24 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 _TINY = Path(__file__).with_name("tiny_finetuning.py")
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Torch has two threads, and what it had before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -40,14 +40,6 @@ def _all_ready() -> bool:
 
 
 @pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
 def helper(two_threads: None) -> Iterator[Helper]:
     start_helpers(1)
     _until(_all_ready)

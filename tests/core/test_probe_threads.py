@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,14 +17,6 @@ from core.report import Outcome, Status
 
 N, D, C = 240, 16, 6
 HOLD_OUT = [(np.arange(160, dtype=np.int64), np.arange(160, N, dtype=np.int64))]
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def _data() -> tuple[np.ndarray, Tensor]:
