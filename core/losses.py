@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Parameter = float | Tensor
+SMALLEST = 1e-8
+"""Probabilities below it count as it where a logarithm or a power is taken of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ def bce(
     Smoothing moves targets towards one half: t (1 - s) + s / 2. A class weight multiplies the
     positive term of its class, as `pos_weight` of torch's BCEWithLogitsLoss.
     """
-    targets_xC = _smooth(targets_xC, label_smoothing, 2).expand_as(logits_xC)
+    targets_xC = smooth(targets_xC, label_smoothing, 2).expand_as(logits_xC)
     return F.binary_cross_entropy_with_logits(
         logits_xC, targets_xC, pos_weight=class_weights_C, reduction="none"
     ).mean(-1)
@@ -59,12 +61,7 @@ def cross_entropy(
     (Mahajan et al. 2018, section 2.3.) A picture without labels costs nothing. Smoothing and
     class weights as in torch.nn.functional.cross_entropy with class probabilities.
     """
-    num_labels_x1 = targets_xC.sum(-1, keepdim=True)
-    shares_xC = targets_xC / num_labels_x1.clamp(min=1)
-    shares_xC = _smooth(shares_xC, label_smoothing, targets_xC.shape[-1])
-    if class_weights_C is not None:
-        shares_xC = shares_xC * class_weights_C
-    shares_xC = torch.where(num_labels_x1 > 0, shares_xC, 0.0)
+    shares_xC = label_shares(targets_xC, label_smoothing, class_weights_C)
     return -(shares_xC * F.log_softmax(logits_xC, dim=-1)).sum(-1)
 
 
@@ -80,7 +77,7 @@ def focal(
 
     The factor (1 - p_t) ** gamma uses the unsmoothed target; gamma 0 is bce.
     """
-    smooth_xC = _smooth(targets_xC, label_smoothing, 2).expand_as(logits_xC)
+    smooth_xC = smooth(targets_xC, label_smoothing, 2).expand_as(logits_xC)
     loss_xC = F.binary_cross_entropy_with_logits(
         logits_xC, smooth_xC, pos_weight=class_weights_C, reduction="none"
     )
@@ -105,11 +102,11 @@ def asymmetric(
     in the authors' default. Smoothing acts on the two log terms.
     """
     positive_xC = targets_xC > 0.5
-    smooth_xC = _smooth(targets_xC, label_smoothing, 2)
+    smooth_xC = smooth(targets_xC, label_smoothing, 2)
     prob_xC = torch.sigmoid(logits_xC)
     prob_negative_xC = (1 - prob_xC + clip).clamp(max=1.0)
     log_positive_xC = F.logsigmoid(logits_xC)
-    log_negative_xC = torch.log(prob_negative_xC.clamp(min=1e-8))
+    log_negative_xC = torch.log(prob_negative_xC.clamp(min=SMALLEST))
     weight = 1.0 if class_weights_C is None else class_weights_C
     loss_xC = -(smooth_xC * weight * log_positive_xC + (1 - smooth_xC) * log_negative_xC)
     wrong_xC = torch.where(positive_xC, 1 - prob_xC, 1 - prob_negative_xC)
@@ -117,7 +114,7 @@ def asymmetric(
         positive_xC, torch.as_tensor(gamma_positive), torch.as_tensor(gamma_negative)
     ).to(wrong_xC)
     # The clamp keeps the gradient of 0 ** gamma finite for gamma < 1.
-    return (wrong_xC.clamp(min=1e-8) ** gamma_xC * loss_xC).mean(-1)
+    return (wrong_xC.clamp(min=SMALLEST) ** gamma_xC * loss_xC).mean(-1)
 
 
 LOSSES: dict[str, Loss] = {
@@ -143,7 +140,21 @@ def class_weights(kind: str, targets_NC: Tensor) -> Tensor | None:
     return (weights_C / weights_C.mean()).float()
 
 
-def _smooth(targets_xC: Tensor, amount: Parameter, num_outcomes: int) -> Tensor:
+def label_shares(
+    targets_xC: Tensor, label_smoothing: Parameter, class_weights_C: Tensor | None
+) -> Tensor:
+    """Each label's share of its picture, smoothed and weighted, as `cross_entropy` reads it; all 0
+    for a picture without labels."""
+    num_labels_x1 = targets_xC.sum(-1, keepdim=True)
+    shares_xC = targets_xC / num_labels_x1.clamp(min=1)
+    shares_xC = smooth(shares_xC, label_smoothing, targets_xC.shape[-1])
+    if class_weights_C is not None:
+        shares_xC = shares_xC * class_weights_C
+    return torch.where(num_labels_x1 > 0, shares_xC, 0.0)
+
+
+def smooth(targets_xC: Tensor, amount: Parameter, num_outcomes: int) -> Tensor:
+    """Targets moved by an amount towards all of so many outcomes being alike."""
     if isinstance(amount, (int, float)) and amount == 0:
         return targets_xC
     return targets_xC * (1 - amount) + amount / num_outcomes

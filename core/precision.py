@@ -31,3 +31,8 @@ def autocast(device: torch.device | str, precision: str) -> contextlib.AbstractC
     """Within it, products and convolutions run in `precision`."""
     kind = torch.device(device).type
     return torch.autocast(kind, torch.bfloat16, enabled=precision == BFLOAT16)
+
+
+def product_type(precision: str) -> torch.dtype:
+    """In which products are computed under `autocast`."""
+    return torch.bfloat16 if precision == BFLOAT16 else torch.float32

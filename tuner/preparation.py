@@ -13,7 +13,7 @@ from core.data.split import Split, make_split
 from core.data.table import Table, read_table
 from core.errors import InputError
 from core.metrics import prior_scores
-from core.probing.group import METRICS
+from core.objectives import METRICS
 
 from .addresses import canonical, check_tracking
 from .backbones import check_backbones

@@ -25,8 +25,8 @@ from ..images.augment import Augmentation, mix, picture_seeds
 from ..images.pixels import Pictures
 from ..metrics import topk_recall
 from ..models.classifier import SCALING, build_classifier, picture_logits, scale_features
+from ..objectives import METRICS, further_metrics
 from ..precision import FLOAT32
-from ..probing.group import METRICS, further_metrics
 from ..probing.stack import head_settings
 from ..report import Outcome, Report, Status
 from .batches import Cut, cut_epoch, epoch_order, read_ahead, read_pictures, to_unit
@@ -69,7 +69,7 @@ def finetune(
         targets_NC: 0/1 targets, float32.
         report: rank 0's hears every epoch and says whether all ranks stop; after a resume the
             last epoch is told again, as nobody knows whether it was heard.
-        objective: see `core.probing.probe.METRICS`.
+        objective: see `core.objectives.METRICS`.
         order_seed: the study's seed of the order of pictures.
         precision: of products and convolutions, see `core.precision`.
         compile: train through torch.compile; validation is not compiled.

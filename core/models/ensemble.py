@@ -18,7 +18,7 @@ from torch import Tensor
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 """(scores [H, N, C], targets [N, C]) -> [H], higher is better: an entry of
-`core.probing.probe.METRICS`."""
+`core.objectives.METRICS`."""
 LEAST_PROBABILITY = 1e-7
 """Probabilities this near to 0 and 1 become logits of 16: float32 holds nothing beyond."""
 

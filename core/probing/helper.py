@@ -10,21 +10,31 @@ from typing import Any
 
 import torch
 
-from .group import Group, Sources, build_groups
-from .helper_pool import READY, Apply, Begin, MatrixFile
+from .group import Group, GroupBuilder
+from .helper_pool import READY, Apply, Begin, Give, Take
 
 
-def answer(message: Begin | Apply, groups: list[Group]) -> list[Any] | None:
-    """Do what a message says to the groups; what is to be sent back, None for nothing."""
-    if isinstance(message, Apply):
-        return [message.function(group) for group in groups]
-    opened = [
-        matrix.open() if isinstance(matrix, MatrixFile) else matrix
-        for matrix in (message.features, *message.further_views)
-    ]
-    sources = Sources(features=opened[0], further_views=tuple(opened[1:]))
-    groups[:] = build_groups(message.parts, sources, message.task, "cpu")
-    return None
+class Hosted:
+    """The groups of this process, by key."""
+
+    def __init__(self) -> None:
+        self._groups: dict[int, Group] = {}
+        self._builder: GroupBuilder | None = None
+
+    def answer(self, message: Begin | Take | Give | Apply) -> Any:
+        """Do what a message says; what is to be sent back if it is a question."""
+        if isinstance(message, Begin):
+            sources = [source.open() for source in message.sources]
+            self._builder = GroupBuilder(sources, message.task, "cpu")
+            self._groups = {key: self._builder.begin(p) for key, p in message.parts.items()}
+        elif isinstance(message, Take):
+            assert self._builder is not None
+            self._groups[message.key] = self._builder.go_on(message.state)
+        elif isinstance(message, Give):
+            return self._groups.pop(message.key).state
+        else:
+            return [message.function(group) for group in self._groups.values()]
+        return None
 
 
 def main() -> None:
@@ -35,7 +45,7 @@ def main() -> None:
     with os.fdopen(os.dup(1), "wb") as output:
         os.dup2(2, 1)  # What is printed by accident goes where errors go.
         torch.set_num_threads(1)
-        groups: list[Group] = []
+        hosted = Hosted()
         failure: Exception | None = None
         _send(output, READY)
         while True:
@@ -48,11 +58,11 @@ def main() -> None:
                     failure = None
                 elif failure is not None:
                     raise failure
-                reply = answer(message, groups)
+                reply = hosted.answer(message)
             except Exception as error:
                 failure = error
                 reply = None
-            if isinstance(message, Apply):
+            if isinstance(message, Apply | Give):
                 _send(output, reply if failure is None else failure)
 
 

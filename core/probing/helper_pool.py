@@ -16,7 +16,7 @@ import select
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Any, TypeVar, cast
@@ -24,9 +24,10 @@ from typing import IO, Any, TypeVar, cast
 import numpy as np
 
 from ..encoding.inputs import FloatMatrix
-from .group import Group, Part, Sources, Task
+from .fold import Task
+from .group import Group, GroupState, Part, Source
 
-MAX_HELPERS = 7
+MAX_HELPERS = 15
 """Each takes memory for a torch of its own."""
 END_SECONDS = 5.0
 READY = "ready"
@@ -50,13 +51,49 @@ class MatrixFile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Begin:
-    """Build these groups, in the place of those before."""
+class SourceFiles:
+    """A `Source` as it is sent."""
 
-    parts: Sequence[Part]
     features: FloatMatrix | MatrixFile
-    further_views: Sequence[FloatMatrix | MatrixFile]
+    further_views: Mapping[str, FloatMatrix | MatrixFile]
+
+    @staticmethod
+    def of(source: Source) -> SourceFiles:
+        views = {name: by_name(matrix) for name, matrix in source.further_views.items()}
+        return SourceFiles(features=by_name(source.features), further_views=views)
+
+    def open(self) -> Source:
+        views = {name: _opened(matrix) for name, matrix in self.further_views.items()}
+        return Source(features=_opened(self.features), further_views=views)
+
+
+def _opened(matrix: FloatMatrix | MatrixFile) -> FloatMatrix:
+    return matrix.open() if isinstance(matrix, MatrixFile) else matrix
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begin:
+    """Build the groups of these parts, in the place of all groups before."""
+
+    parts: Mapping[int, Part]
+    """By the groups' keys."""
+    sources: Sequence[SourceFiles]
     task: Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Take:
+    """One more group, that another process had."""
+
+    key: int
+    state: GroupState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Give:
+    """Send this group back, and forget it."""
+
+    key: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,28 +188,41 @@ class Helper:
 
 
 class Helpers:
-    """Those that take part in one cohort."""
+    """Those that take part in one cohort: at most so many, and at first none; see `look`."""
 
-    def __init__(self, helpers: Sequence[Helper]) -> None:
+    def __init__(
+        self, helpers: Sequence[Helper], count: int, sources: Sequence[Source], task: Task
+    ) -> None:
         self._all = list(helpers)
+        self._count = count
+        self._sources = [SourceFiles.of(source) for source in sources] if helpers else []
+        self._task = task
         self._taking: list[Helper] = []
-        """Those that have groups."""
 
     def __len__(self) -> int:
-        return len(self._all)
+        """How many take part."""
+        return len(self._taking)
 
-    def begin(self, shares: Sequence[Sequence[Part]], sources: Sources, task: Task) -> None:
-        """Give each share of the parts to a helper."""
-        self._taking = self._all[: len(shares)]
-        for helper, parts in zip(self._taking, shares, strict=True):
-            helper.send(
-                Begin(
-                    parts=parts,
-                    features=by_name(sources.features),
-                    further_views=[by_name(matrix) for matrix in sources.further_views],
-                    task=task,
-                )
-            )
+    def look(self) -> list[int]:
+        """The places of those that have become ready, which take part now: let them `begin`."""
+        new = [helper for helper in self._all if helper not in self._taking and helper.ready]
+        before = len(self._taking)
+        self._taking += new[: max(0, self._count - before)]
+        return list(range(before, len(self._taking)))
+
+    def begin(self, place: int, parts: Mapping[int, Part]) -> None:
+        """Have the helper at this place train these parts, and nothing else."""
+        self._taking[place].send(Begin(parts=parts, sources=self._sources, task=self._task))
+
+    def take(self, place: int, key: int, state: GroupState) -> None:
+        """Have the helper at this place go on with a group."""
+        self._taking[place].send(Take(key=key, state=state))
+
+    def give(self, place: int, key: int) -> GroupState:
+        """What became of a group, which the helper at this place gives up."""
+        self._taking[place].send(Give(key=key))
+        state: GroupState = self._taking[place].receive()
+        return state
 
     def ask(self, function: Callable[[Group], object]) -> None:
         """Have all apply a function to their groups; `answers` waits for them."""
@@ -213,19 +263,19 @@ def end_helpers() -> None:
 
 
 @contextmanager
-def lent_helpers(count: int) -> Iterator[Helpers]:
-    """At most so many helpers that are ready, for one cohort; none while another cohort of this
-    process has them. After an error all end: nobody knows what they are at."""
+def lent_helpers(count: int, sources: Sequence[Source], task: Task) -> Iterator[Helpers]:
+    """At most so many helpers, for one cohort; none while another cohort of this process has
+    them. After an error all end: nobody knows what they are at."""
     if not _lock.acquire(blocking=False):
-        yield Helpers([])
+        yield Helpers([], count, sources, task)
         return
     try:
-        yield Helpers([helper for helper in _helpers if helper.ready][:count])
+        yield Helpers(_helpers, count, sources, task)
     except BaseException:
-        count = len(_helpers)
+        number = len(_helpers)
         while _helpers:
             _helpers.pop().end(at_once=True)
-        _helpers.extend(Helper() for _ in range(count))
+        _helpers.extend(Helper() for _ in range(number))
         raise
     finally:
         _lock.release()

@@ -2,113 +2,216 @@
 
 On a CPU each group has one core. Threads of one process also share Python's lock, and with few
 heads a step is mostly Python: so other processes host a part of the groups where there are any
-(`helper_pool`). Whoever hosts a group computes the same numbers.
+(`helper_pool`). When heads leave, or a helper has started, groups move to whoever has least to do.
+Whoever hosts a group computes the same numbers.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Protocol, TypeVar
 
 import torch
 
-from .group import Group, Part, Sources, Task, build_groups
-from .helper_pool import lent_helpers
+from .fold import Task
+from .group import Group, GroupBuilder, Part, Source
+from .helper_pool import Helpers, lent_helpers
 
 SWITCH_SECONDS = 0.0002
 """How long a thread keeps Python's lock while others want it (Python's own: 0.005): an operation
 of a step takes less."""
 COPIES_BYTES = 1 << 30
 """Each process scales the features for itself: no more memory than this for the copies."""
+WORTH_MOVING = 0.9
+"""A group moves if an epoch then takes less than this share of its time."""
 
 T = TypeVar("T")
 
 
-class Each(Protocol):
-    """Applies a function to the group of every part."""
+class Crew(Protocol):
+    """All groups of a cohort, wherever they are."""
 
-    def __call__(self, function: Callable[[Group], T], /) -> list[T]: ...
+    def each(self, function: Callable[[Group], T], /) -> list[T]:
+        """Apply a function to every group, in any order; how long it takes is what the slowest
+        takes. The function is a method of `Group`, or a `functools.partial` of one, and what it
+        takes and returns can be pickled: another process may be the one to call it."""
+        ...
+
+    def balance(self, ended: Collection[int]) -> None:
+        """Share the groups out anew if that helps, now that the trials at these places have
+        ended."""
+        ...
 
 
 @contextmanager
 def side_by_side(
-    parts: Sequence[Part], sources: Sources, task: Task, device: torch.device | str
-) -> Iterator[Each]:
-    """Yields a function that applies another one to the group of every part, in any order, and
-    returns the results. How long a call takes is what the slowest takes.
-
-    The function is a method of `Group`, or a `functools.partial` of one, and what it takes and
-    returns can be pickled: another process may be the one to call it.
-    """
-    num_threads = torch.get_num_threads()
-    if torch.device(device).type != "cpu" or min(num_threads, len(parts)) < 2:
-        groups = build_groups(parts, sources, task, device)
-
-        def in_turn(function: Callable[[Group], T], /) -> list[T]:
-            return [function(group) for group in groups]
-
-        yield in_turn
+    parts: Sequence[Part], sources: Sequence[Source], task: Task, device: torch.device | str
+) -> Iterator[Crew]:
+    """The groups of these parts, on a CPU side by side on as many cores as torch has threads."""
+    num_threads = min(torch.get_num_threads(), len(parts))
+    if torch.device(device).type != "cpu" or num_threads < 2:
+        builder = GroupBuilder(sources, task, device)
+        yield _InTurn([builder.begin(part) for part in parts])
         return
     with ExitStack() as stack:
-        helpers = stack.enter_context(lent_helpers(min(num_threads, len(parts)) - 1))
-        copies = len(helpers) * _bytes_scaled(sources, task)
-        shares = _shares(parts, 1 + (len(helpers) if copies <= COPIES_BYTES else 0))
-        helpers.begin(shares[1:], sources, task)
-        groups = build_groups(shares[0], sources, task, device)
-        own = stack.enter_context(in_threads(max(1, num_threads // len(shares))))
+        # The copies of all processes fit the memory, or there is one process.
+        copy = max(1, sum(_bytes_scaled(source, task) for source in sources))
+        helpers = stack.enter_context(
+            lent_helpers(min(num_threads - 1, COPIES_BYTES // copy), sources, task)
+        )
+        stack.enter_context(_one_core_each())
+        yield stack.enter_context(_Shared(parts, sources, task, helpers, num_threads))
 
-        def each(function: Callable[[Group], T], /) -> list[T]:
-            helpers.ask(function)
-            try:
-                results = own(function, groups)
-            finally:
-                theirs = helpers.answers()
-            return [*results, *theirs]
 
-        yield each
+class _InTurn:
+    """All groups in this process, one after the other."""
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self._groups = groups
+
+    def each(self, function: Callable[[Group], T], /) -> list[T]:
+        return [function(group) for group in self._groups]
+
+    def balance(self, ended: Collection[int]) -> None:
+        pass
+
+
+class _Shared:
+    """Groups by the place of their part. Host 0 is this process, with a thread for each core that
+    no helper has; the others are helpers."""
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        sources: Sequence[Source],
+        task: Task,
+        helpers: Helpers,
+        num_threads: int,
+    ) -> None:
+        self._seconds_of = [dict(part.seconds) for part in parts]
+        """Of the running trials of each part."""
+        self._builder = GroupBuilder(sources, task, "cpu")
+        self._helpers = helpers
+        self._num_threads = num_threads
+        self._threads = ThreadPoolExecutor(num_threads)
+        self._own: dict[int, Group] = {}
+        """Of this process."""
+        ready = helpers.look()
+        self._host_of = dealt_out(self._costs(), self._cores())
+        for place in ready:
+            theirs = {key: parts[key] for key, h in enumerate(self._host_of) if h == 1 + place}
+            helpers.begin(place, theirs)
+        for key, host in enumerate(self._host_of):
+            if host == 0:
+                self._own[key] = self._builder.begin(parts[key])
+
+    def __enter__(self) -> _Shared:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._threads.shutdown()
+
+    def each(self, function: Callable[[Group], T], /) -> list[T]:
+        self._helpers.ask(function)
+        try:
+            results = self._own_results(function)
+        finally:
+            theirs = self._helpers.answers()
+        return [*results, *theirs]
+
+    def _own_results(self, function: Callable[[Group], T]) -> list[T]:
+        """Of groups dealt out to this process' threads as they are to hosts."""
+        groups = list(self._own.values())
+        count = self._cores()[0]
+        if count == 1:
+            return [function(group) for group in groups]
+        costs = self._costs()
+        thread_of = dealt_out([costs[key] for key in self._own], [1] * count)
+
+        def of_thread(thread: int) -> list[T]:
+            return [function(g) for g, t in zip(groups, thread_of, strict=True) if t == thread]
+
+        return [result for some in self._threads.map(of_thread, range(count)) for result in some]
+
+    def balance(self, ended: Collection[int]) -> None:
+        for seconds in self._seconds_of:
+            for place in ended:
+                seconds.pop(place, None)
+        ready = self._helpers.look()
+        for helper in ready:
+            self._helpers.begin(helper, {})
+        if ready or ended:
+            for key, host in moves(self._costs(), self._host_of, self._cores()).items():
+                self._move(key, host)
+
+    def _costs(self) -> list[float]:
+        """Seconds of an epoch of every group."""
+        return [sum(seconds.values()) for seconds in self._seconds_of]
+
+    def _cores(self) -> list[int]:
+        """Of every host."""
+        return [self._num_threads - len(self._helpers), *[1] * len(self._helpers)]
+
+    def _move(self, key: int, host: int) -> None:
+        before = self._host_of[key]
+        self._host_of[key] = host
+        state = self._own.pop(key).state if before == 0 else self._helpers.give(before - 1, key)
+        if host == 0:
+            self._own[key] = self._builder.go_on(state)
+        else:
+            self._helpers.take(host - 1, key, state)
+
+
+def dealt_out(costs: Sequence[float], cores: Sequence[int]) -> list[int]:
+    """The host of each place: the costliest first, each to whoever is then done first."""
+    loads = [0.0] * len(cores)
+    host_of = [0] * len(costs)
+    for key in sorted(range(len(costs)), key=lambda key: -costs[key]):
+        ends = [(load + costs[key]) / num for load, num in zip(loads, cores, strict=True)]
+        host_of[key] = ends.index(min(ends))
+        loads[host_of[key]] += costs[key]
+    return host_of
+
+
+def moves(costs: Sequence[float], hosts: Sequence[int], cores: Sequence[int]) -> dict[int, int]:
+    """Where some places had better be than on the hosts where they are: from the host that is done
+    last to the one that is done first, one by one, while it is worth it."""
+    host_of = list(hosts)
+    while True:
+        times = [0.0] * len(cores)
+        for cost, host in zip(costs, host_of, strict=True):
+            times[host] += cost / cores[host]
+        last, first = times.index(max(times)), times.index(min(times))
+        after = {
+            key: max(times[last] - cost / cores[last], times[first] + cost / cores[first])
+            for key, (cost, host) in enumerate(zip(costs, host_of, strict=True))
+            if host == last and cost > 0
+        }
+        best = min(after, key=lambda key: after[key], default=None)
+        if best is None or after[best] >= WORTH_MOVING * times[last]:
+            return {key: host for key, host in enumerate(host_of) if host != hosts[key]}
+        host_of[best] = first
 
 
 @contextmanager
-def in_threads(
-    num_threads: int,
-) -> Iterator[Callable[[Callable[[Group], T], Sequence[Group]], list[T]]]:
-    """Yields a function that applies another one to groups, in threads of one core each."""
+def _one_core_each() -> Iterator[None]:
+    """Meanwhile each thread computes on one core."""
     before, switch = torch.get_num_threads(), sys.getswitchinterval()
     torch.set_num_threads(1)  # Of each thread; torch knows no other way to say it.
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
-        if num_threads == 1:
-            yield lambda function, groups: [function(group) for group in groups]
-            return
-        with ThreadPoolExecutor(num_threads) as threads:
-            yield lambda function, groups: list(threads.map(function, groups))
+        yield
     finally:
         sys.setswitchinterval(switch)
         torch.set_num_threads(before)
 
 
-def _shares(parts: Sequence[Part], count: int) -> list[list[Part]]:
-    """The parts dealt out to so many processes, the costliest first, each to whoever has least."""
-    shares: list[list[Part]] = [[] for _ in range(min(count, len(parts)))]
-    loads = [0.0] * len(shares)
-    for part in sorted(parts, key=_cost, reverse=True):
-        least = loads.index(min(loads))
-        shares[least].append(part)
-        loads[least] += _cost(part)
-    return shares
-
-
-def _cost(part: Part) -> float:
-    """About what its epochs take, in no unit: heads times steps."""
-    return sum(1 / config.batch_size for config in part.configs.values())
-
-
-def _bytes_scaled(sources: Sources, task: Task) -> int:
+def _bytes_scaled(source: Source, task: Task) -> int:
     """Of the features that a process holds in memory."""
-    matrices = [sources.features, *sources.further_views]
-    if sources.features.ndim == 3:
+    if source.features.ndim == 3:
         return 0  # Maps stay on disk.
+    matrices = [source.features, *source.further_views.values()]
     return 4 * len(task.folds) * sum(matrix.size for matrix in matrices)

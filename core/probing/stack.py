@@ -18,11 +18,12 @@ from torch import Tensor
 
 from ..config import TrialConfig
 from ..heads import HEADS, build_head
-from ..losses import LOSSES, Loss, class_weights
+from ..loss_gradients import LOSSES_WITH_GRADIENTS
+from ..losses import LOSSES, class_weights
 from ..optimizers import OPTIMIZERS, Settings
-from ..precision import FLOAT32, autocast
+from ..precision import FLOAT32, autocast, product_type
 from ..schedules import rate_factors
-from .stack_layers import csra_logits, layered_logits, masks
+from .stack_layers import Masks, csra_logits, layered_logits, linear_gradients, linear_logits
 from .stack_updates import StackUpdates
 
 EVALUATION_VALUES = 1 << 24
@@ -103,10 +104,22 @@ class HeadStack:
         self._numbers = [_optimizer_numbers(c) for c in members]
         self._class_weights_HC = self._class_weight_tensor(members, train_targets_NC)
         self._find_runs()
-        self._chances = [masks(c.seed, self.device) if c.dropout > 0 else None for c in members]
+        first = members[0]
+        self._one_layer = first.head == "linear" and first.dropout == 0
+        self._chances = [Masks(c.seed, self.device) if c.dropout > 0 else None for c in members]
 
     def __len__(self) -> int:
         return len(self.members)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what only points into the rest, or is written before it is read."""
+        made = ("_updates", "_loss_runs", "_gradient")
+        return {key: value for key, value in self.__dict__.items() if key not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._gradient = torch.empty_like(self.params[0], requires_grad=False)
+        self._find_runs()
 
     @property
     def member_configs(self) -> list[TrialConfig]:
@@ -121,16 +134,48 @@ class HeadStack:
         Features are [B, D], or [B, P, D] for csra. Returns the losses before the update [H],
         detached, on the device.
         """
+        if self._one_layer:
+            losses_BH, gradients = self._by_hand(features, targets_BC)
+        else:
+            losses_BH, gradients = self._by_autograd(features, targets_BC)
+        self.step_number += 1
+        self._updates(gradients, self.step_number)
+        return losses_BH.mean(0)
+
+    @torch.no_grad()
+    def _by_hand(self, features_BD: Tensor, targets_BC: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """Losses [B, H] and the gradients of one layer: of few heads, autograd would take most of
+        the time."""
+        weight_HCD, bias_HC = self.params
+        features_BD = features_BD.to(product_type(self.precision))
+        logits_BHC = linear_logits(weight_HCD, bias_HC, features_BD)
+        losses_BH, slopes_BHC = self._slopes(logits_BHC, targets_BC)
+        return losses_BH, linear_gradients(slopes_BHC, features_BD, self._gradient)
+
+    def _by_autograd(self, features: Tensor, targets_BC: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """Losses [B, H] and the gradients of any head."""
         with autocast(self.device, self.precision):
             logits_BHC = self._forward(
                 self.params, self._settings, features, training=True, gradient=self._gradient
             )
-        logits_BHC = logits_BHC.float()
-        losses_H = self.losses(logits_BHC, targets_BC).mean(0)
-        grads = torch.autograd.grad(losses_H.sum(), self.params)
-        self.step_number += 1
-        self._updates(grads, self.step_number)
-        return losses_H.detach()
+        losses_BH, slopes_BHC = self._slopes(logits_BHC.detach().float(), targets_BC)
+        slopes_BHC = slopes_BHC.to(logits_BHC.dtype)
+        return losses_BH, torch.autograd.grad(logits_BHC, self.params, slopes_BHC)
+
+    @torch.no_grad()
+    def _slopes(self, logits_BHC: Tensor, targets_BC: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses [B, H], and the gradients of their means over the batch by the logits."""
+        targets_B1C = targets_BC.unsqueeze(1)
+        losses, slopes = [], []
+        for name, run, settings in self._loss_runs:
+            loss_Bh, slope_BhC = LOSSES_WITH_GRADIENTS[name](
+                logits_BHC[:, run], targets_B1C, **settings
+            )
+            losses.append(loss_Bh)
+            slopes.append(slope_BhC)
+        if len(losses) == 1:
+            return loss_Bh, slope_BhC.div_(len(targets_BC))
+        return torch.cat(losses, 1), torch.cat(slopes, 1).div_(len(targets_BC))
 
     def logits(self, features: Tensor, *, training: bool = False) -> Tensor:
         """Logits [B, H, C] of every head with its present weights; features as for `step`."""
@@ -173,12 +218,9 @@ class HeadStack:
     def losses(self, logits_BHC: Tensor, targets_BC: Tensor) -> Tensor:
         """The loss of each picture for each head [B, H]."""
         targets_B1C = targets_BC.unsqueeze(1)
-        # Split, not sliced: a slice's gradient is the whole stack's, most of it zeros.
-        sizes = [run.stop - run.start for _, run, _ in self._loss_runs]
-        parts: tuple[Tensor, ...] = torch.split(logits_BHC, sizes, dim=1)
         losses = [
-            loss.function(logits_BhC, targets_B1C, **settings)
-            for logits_BhC, (loss, _, settings) in zip(parts, self._loss_runs, strict=True)
+            LOSSES[name].function(logits_BHC[:, run], targets_B1C, **settings)
+            for name, run, settings in self._loss_runs
         ]
         return torch.cat(losses, dim=1)
 
@@ -229,7 +271,7 @@ class HeadStack:
         """The longest slices of the stack that have one loss, with its settings as the function
         takes them, and the updates of those that have one optimizer; in order."""
         members = self.member_configs
-        self._loss_runs: list[tuple[Loss, slice, dict[str, Any]]] = []
+        self._loss_runs: list[tuple[str, slice, dict[str, Any]]] = []
         for name, run in _runs([c.loss for c in members]):
             settings: dict[str, Any] = {
                 key: self._settings[key][run].unsqueeze(1) for key in LOSSES[name].parameters
@@ -239,7 +281,7 @@ class HeadStack:
                 settings["label_smoothing"] = self._settings["label_smoothing"][run].unsqueeze(1)
             if self._class_weights_HC is not None:
                 settings["class_weights_C"] = self._class_weights_HC[run]
-            self._loss_runs.append((LOSSES[name], run, settings))
+            self._loss_runs.append((name, run, settings))
         optimizers = _runs([c.optimizer for c in members])
         self._updates = StackUpdates(
             self.params,

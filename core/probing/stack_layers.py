@@ -39,11 +39,7 @@ class _SharedProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_BF,) = grads
         (features_BD,) = ctx.saved_tensors
-        gradient_FD = ctx.gradient.flatten(0, 1)
-        if grad_BF.dtype == gradient_FD.dtype:
-            torch.mm(grad_BF.t(), features_BD, out=gradient_FD)
-        else:
-            gradient_FD.copy_(grad_BF.t() @ features_BD)
+        write_product(grad_BF.t(), features_BD, ctx.gradient.flatten(0, 1))
         bias_grad_HK = grad_BF.sum(0, dtype=torch.float32).view(ctx.gradient.shape[:2])
         return None, ctx.gradient, bias_grad_HK, None
 
@@ -57,6 +53,31 @@ def _shared_product(
         features_BD = features_BD.to(torch.get_autocast_dtype(features_BD.device.type))
     product: Tensor = _SharedProduct.apply(features_BD, weight_HKD, bias_HK, gradient)
     return product
+
+
+def linear_logits(weight_HKD: Tensor, bias_HK: Tensor, features_BD: Tensor) -> Tensor:
+    """Logits [B, H, C] (float32) of heads of one layer; the product is in the features' type."""
+    kind = features_BD.dtype
+    flat_BF = F.linear(features_BD, weight_HKD.flatten(0, 1).to(kind), bias_HK.flatten().to(kind))
+    return flat_BF.float().view(len(features_BD), *bias_HK.shape)
+
+
+def linear_gradients(
+    slopes_BHC: Tensor, features_BD: Tensor, gradient_HKD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the weights, which are written to `gradient_HKD`, and of the biases of heads of
+    one layer, from those of their logits; the product is in the features' type."""
+    slopes_BF = slopes_BHC.flatten(1).to(features_BD.dtype)
+    write_product(slopes_BF.t(), features_BD, gradient_HKD.flatten(0, 1))
+    return gradient_HKD, slopes_BHC.sum(0)
+
+
+def write_product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """`out` = left @ right, computed in the type that these have."""
+    if left.dtype == out.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        out.copy_(left @ right)
 
 
 def layered_logits(
@@ -106,16 +127,21 @@ def csra_logits(
     return scores_BPHC.mean(1) + attention * attend(scores_BPHC, temperature, dim=1)
 
 
-def masks(seed: int, device: torch.device) -> Callable[[torch.Size, float], Tensor]:
-    """A stream of masks: true with a probability (in steps of 2**-16 on a CPU, where numpy draws
-    16 bits a time)."""
-    if device.type != "cpu":
-        generator = torch.Generator(device).manual_seed(seed)
-        return lambda shape, keep: torch.rand(shape, generator=generator, device=device) < keep
-    stream = np.random.Generator(np.random.SFC64(seed))
+class Masks:
+    """A head's stream of masks, which goes on where it was when it is pickled and loaded."""
 
-    def draw(shape: torch.Size, keep: float) -> Tensor:
-        numbers = stream.integers(0, 1 << 16, size=tuple(shape), dtype=np.uint16)
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._device = device
+        self._stream: np.random.Generator | torch.Generator
+        if device.type == "cpu":
+            self._stream = np.random.Generator(np.random.SFC64(seed))
+        else:
+            self._stream = torch.Generator(device).manual_seed(seed)
+
+    def __call__(self, shape: Sequence[int], keep: float) -> Tensor:
+        """A mask that is true with a probability, on a CPU in steps of 2**-16: numpy draws 16 bits
+        a time."""
+        if isinstance(self._stream, torch.Generator):
+            return torch.rand(*shape, generator=self._stream, device=self._device) < keep
+        numbers = self._stream.integers(0, 1 << 16, size=tuple(shape), dtype=np.uint16)
         return torch.from_numpy(numbers < round(keep * (1 << 16)))
-
-    return draw

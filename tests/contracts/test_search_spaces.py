@@ -12,7 +12,7 @@ import optuna
 import pytest
 
 from core.config import MODES, TrialConfig
-from core.probing.group import METRICS
+from core.objectives import METRICS
 from tuner.spaces.check import FINETUNE_ONLY, PROBE_ONLY
 from tuner.spaces.domain import Choice
 from tuner.spaces.file import PARTS as PARTS_OF_A_SPACE

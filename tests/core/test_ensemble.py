@@ -11,7 +11,7 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from core.models.ensemble import mean_logits, select_members, select_over_seeds
-from core.probing.group import METRICS
+from core.objectives import METRICS
 
 N, C = 40, 6
 TOP3 = METRICS["top3_accuracy"]

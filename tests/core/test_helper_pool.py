@@ -18,7 +18,8 @@ import torch
 
 from core.config import TrialConfig
 from core.probing import helper_pool, hosts
-from core.probing.group import Part, Sources, Task
+from core.probing.fold import Task
+from core.probing.group import Part, Source
 from core.probing.helper_pool import Helper, MatrixFile, by_name, end_helpers, start_helpers
 from core.probing.probe import train_probes
 from core.report import Outcome, keep_going
@@ -119,9 +120,9 @@ def test_a_helper_trains_the_same_heads(
     finally:
         end_helpers()
     begins = [message for message in messages if isinstance(message, helper_pool.Begin)]
-    assert [type(begin.features) for begin in begins] == [np.ndarray, MatrixFile]
+    assert [type(begin.sources[0].features) for begin in begins] == [np.ndarray, MatrixFile]
     for begin in begins:
-        assert 4 <= sum(len(part.configs) for part in begin.parts) <= 12
+        assert 4 <= sum(len(part.configs) for part in begin.parts.values()) <= 12
     epochs = [message for message in messages if isinstance(message, helper_pool.Apply)]
     assert len(epochs) == 2 * 3 * 2  # two runs of three epochs, to train and to let leave
 
@@ -172,6 +173,77 @@ def test_features_too_big_to_copy_stay_with_the_threads(
     assert messages
 
 
+def test_a_helper_that_starts_late_takes_over_groups(
+    two_threads: None, helper: Helper, messages: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a cohort, and the heads go on where they were: weights, optimizers'
+    states, schedules, masks, curves."""
+    late = [False]
+    monkeypatch.setattr(Helper, "ready", property(lambda self: late[0]))
+    threads = _train()
+    assert messages == []
+
+    def begin_late(epoch: int, metrics: Any) -> tuple[int, ...]:
+        late[0] = True
+        return ()
+
+    _check_same(_train(report=begin_late), threads)
+    takes = [message for message in messages if isinstance(message, helper_pool.Take)]
+    assert takes
+    assert all(len(curve) == 1 for take in takes for curve in take.state.curves.values())
+
+
+def test_groups_move_when_the_others_have_left(helper: Helper, messages: list[Any]) -> None:
+    """All heads of one host stop: the other's are shared."""
+    features, targets_NC = _data()
+    # Three shapes, which do not share a stack.
+    heads = [
+        TrialConfig(
+            backbone="ffn", epochs=4, batch_size=40, seed=size, head="mlp", hidden_sizes=(size,),
+            dropout=0.2, lr=0.01,
+        )
+        for size in (8, 8, 9, 9, 10, 10, 11, 11)
+    ]  # fmt: skip
+
+    def own_stop(epoch: int, metrics: Any) -> list[int]:
+        if epoch != 2:
+            return []
+        (begin,) = (message for message in messages if isinstance(message, helper_pool.Begin))
+        theirs = {place for part in begin.parts.values() for place in part.configs}
+        assert 0 < len(theirs) < len(heads)
+        return [place for place in metrics if place not in theirs]
+
+    def train() -> list[Outcome]:
+        return train_probes(features, targets_NC, HOLD_OUT, heads, keep_state=True, report=own_stop)
+
+    moved = train()
+    gives = [message for message in messages if isinstance(message, helper_pool.Give)]
+    assert gives
+    stopped = [place for place, outcome in enumerate(moved) if len(outcome.curve) == 2]
+    end_helpers()
+    stays = train_probes(
+        features, targets_NC, HOLD_OUT, heads, keep_state=True,
+        report=lambda epoch, metrics: stopped if epoch == 2 else (),
+    )  # fmt: skip
+    for one, other in zip(moved, stays, strict=True):
+        assert (one.status, one.curve) == (other.status, other.curve)
+
+
+def test_parts_are_dealt_out_by_what_they_cost() -> None:
+    assert hosts.dealt_out([1, 5, 2, 2], [1, 1]) == [1, 0, 1, 1]
+    assert hosts.dealt_out([1, 1, 1, 1], [3, 1]).count(0) == 3
+    assert hosts.dealt_out([1], [1, 1]) == [0]
+
+
+def test_moves_go_from_who_has_most_to_who_has_least() -> None:
+    assert hosts.moves([1, 1, 1, 1], [0, 0, 0, 0], [1, 1]) == {0: 1, 1: 1}
+    assert hosts.moves([1, 1], [0, 1], [1, 1]) == {}
+    assert hosts.moves([3, 0, 0], [0, 0, 1], [1, 1]) == {}  # one that cannot be cut
+    assert hosts.moves([1.0, 0.95], [0, 1], [1, 1]) == {}
+    assert hosts.moves([], [], [1, 1]) == {}
+    assert hosts.moves([1, 1, 1, 1], [0, 0, 0, 0], [2, 1, 1]) == {0: 1, 1: 2}
+
+
 def test_a_killed_helper_is_said_and_the_next_cohort_trains(helper: Helper) -> None:
     def kill(epoch: int, metrics: Any) -> tuple[int, ...]:
         if epoch == 1:
@@ -213,13 +285,16 @@ def test_what_goes_wrong_in_a_helper_is_raised_here(helper: Helper) -> None:
         precision="float32",
         last_epoch=None,
     )
-    parts = [Part(configs={place: config}, views=(0,)) for place, config in enumerate(_heads(2))]
+    parts = [
+        Part(configs={place: config}, seconds={place: 1.0})
+        for place, config in enumerate(_heads(2))
+    ]
     with (
         pytest.raises(AttributeError, match="no attribute 'nonsense'"),
-        hosts.side_by_side(parts, Sources(features=features), task, "cpu") as each,
+        hosts.side_by_side(parts, [Source(features=features)], task, "cpu") as crew,
     ):
-        assert len(each(operator.methodcaller("train_epoch", epoch=1))) == 2
-        each(_only_in_helpers)
+        assert len(crew.each(operator.methodcaller("train_epoch", epoch=1))) == 2
+        crew.each(_only_in_helpers)
     _until(_all_ready)
     assert helper_pool._helpers[0].pid != helper.pid
 

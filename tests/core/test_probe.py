@@ -18,7 +18,7 @@ from torch import Tensor
 from core.encoding.inputs import feature_statistics
 from core.heads import build_head
 from core.metrics import topk_recall
-from core.probing.group import METRICS
+from core.objectives import METRICS
 from core.probing.probe import train_probes
 from core.probing.stack import head_settings
 from core.report import Metrics, Status

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from core.config import TrialConfig
 from core.precision import BFLOAT16
-from core.probing import group, hosts, probe
+from core.probing import group, probe
+from core.probing.fold import Task
 from core.probing.probe import train_probes
 from core.report import Outcome, Status
 
@@ -51,14 +52,14 @@ def _heads(count: int) -> list[TrialConfig]:
 def _alone(configs: list[TrialConfig], monkeypatch: pytest.MonkeyPatch) -> list[Outcome]:
     """The same heads in one stack of each shape."""
     with monkeypatch.context() as patch:
-        patch.setattr(probe, "PART_HEADS", len(configs))
+        patch.setattr(probe, "SLACK", len(configs))
         return _train(configs)
 
 
 def test_parts_in_threads_train_what_one_stack_trains(
     two_threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    configs = _heads(20)
+    configs = _heads(40)[1::2]
     whole = _alone(configs, monkeypatch)
     stacks: list[int] = []
     build = group.HeadStack
@@ -69,7 +70,7 @@ def test_parts_in_threads_train_what_one_stack_trains(
 
     monkeypatch.setattr(group, "HeadStack", counting)
     parts = _train(configs)
-    assert stacks == [5, 5, 5, 5]  # of each of two shapes, one a thread
+    assert stacks == [10, 10]
     for part, one in zip(parts, whole, strict=True):
         assert part.status is one.status is Status.COMPLETE
         assert len(part.curve) == len(one.curve)
@@ -77,9 +78,33 @@ def test_parts_in_threads_train_what_one_stack_trains(
             assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
 
 
-def test_few_heads_stay_together(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hosts, "ThreadPoolExecutor", None)  # would be called with two stacks
-    assert len(_train([TrialConfig(backbone="ffn", epochs=1, seed=s) for s in range(3)])) == 3
+@pytest.mark.parametrize(("count", "stacks"), [(1, 1), (2, 2), (3, 2), (9, 2)])
+def test_heads_are_cut_into_a_part_a_thread(two_threads: None, count: int, stacks: int) -> None:
+    heads = [TrialConfig(backbone="ffn", epochs=1, seed=seed) for seed in range(count)]
+    assert len(_parts(heads)) == stacks
+
+
+def test_stacks_of_less_than_a_threads_share_stay_whole(two_threads: None) -> None:
+    heads = [
+        TrialConfig(backbone="ffn", epochs=1, seed=seed, batch_size=size)
+        for seed in range(4)
+        for size in (40, 41)
+    ]
+    assert [len(part.configs) for part in _parts(heads)] == [4, 4]
+
+
+def _parts(heads: list[TrialConfig]) -> list[group.Part]:
+    features, targets_NC = _data()
+    task = Task(
+        targets_NC=targets_NC,
+        folds=HOLD_OUT,
+        objective="top3_accuracy",
+        order_seed=0,
+        precision="float32",
+        last_epoch=None,
+    )
+    sources = [group.Source(features=features)]
+    return probe._parts(sources, [0] * len(heads), heads, task, "cpu")
 
 
 def test_threads_are_given_back(two_threads: None) -> None:

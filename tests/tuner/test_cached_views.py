@@ -171,7 +171,9 @@ def test_a_cohort_of_several_views_trains_each_as_core_does(
 ) -> None:
     configs = [CONFIG, dataclasses.replace(CONFIG, views="plain")]
     folders = view_folders(features, request_of(CONFIG))
-    outcomes = train_cohort(context, configs, numbers=[0, 1], features=folders, report=keep_going)
+    outcomes = train_cohort(
+        context, configs, numbers=[0, 1], features=[folders] * 2, report=keep_going
+    )
     matrices = {name: np.load(Path(folder) / "matrix.npy") for name, folder in folders.items()}
     expected = train_probes(
         matrices.pop("plain"),
@@ -231,7 +233,7 @@ def test_a_fine_tuned_model_of_several_stages_is_served(context: Context, encode
     config = dataclasses.replace(CONFIG, mode="finetune", views="plain", epochs=1)
     request = request_of(config)
     folders = {"plain": str(ensure_features(context, request, encoder).folder)}
-    (outcome,) = train_cohort(context, [config], numbers=[7], features=folders, report=keep_going)
+    (outcome,) = train_cohort(context, [config], numbers=[7], features=[folders], report=keep_going)
     assert outcome.status is Status.COMPLETE
     candidate = Candidate(
         study="s", number=7, config=config, value=outcome.best_value or 0.0, features=folders

@@ -24,7 +24,7 @@ from ..disks import small_disk
 
 FULL = NoRoomError("no room for a checkpoint", where="/somewhere", hint="free some room")
 VALUES = TrialConfig(mode="finetune", backbone="squeezenet1_1", batch_size=4).to_dict()
-JOB = {"cohort": "a", "numbers": [7], "trials": [VALUES], "features": {"plain": "/nowhere"}}
+JOB = {"cohort": "a", "numbers": [7], "trials": [VALUES], "features": [{"plain": "/nowhere"}]}
 
 
 @pytest.fixture(autouse=True)

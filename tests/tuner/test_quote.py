@@ -51,6 +51,7 @@ def space(**other: Any) -> SearchSpace:
         "name": "s",
         "trials": 60,
         "cohort_size": 10,
+        "sampler": "random",
         "pruner": "none",
         "parameters": {"backbone": "ffn", "head": "linear", "epochs": 20, "batch_size": 64},
     }

@@ -50,7 +50,7 @@ PARAMETERS = {
 
 
 def space(**other: Any) -> SearchSpace:
-    values = {"name": "s", "trials": 60, "cohort_size": 10, "pruner": "none"}
+    values = {"name": "s", "trials": 60, "cohort_size": 10, "pruner": "none", "sampler": "random"}
     return parse_space({**values, "parameters": PARAMETERS, **other})
 
 
@@ -125,8 +125,7 @@ def test_refused_configurations_take_no_time() -> None:
     quoted = quote(of, ahead)
     training = quoted.parts[0].training
     # 20 epochs of 4,000 rows at 0.5 s a thousand, on two threads: only for what is trained.
-    cohorts = -(-60 * share // 10) * 2
-    assert training.value == pytest.approx(60 * share * 20 * 4 * 0.5 / 2 + 7 + (cohorts - 1) * 3)
+    assert training.value == pytest.approx(60 * share * 20 * 4 * 0.5 / 2 + 7 + (6 - 1) * 3)
     whole = quote(of, CostsAhead()).parts[0].training
     assert training.value < whole.value
     assert training.high > 60 * 20 * 4 * 0.5 / 2, "the sampler may learn what is refused"

@@ -72,7 +72,8 @@ def _study(
     plain = request_of(configs[0])
     store = ensure_features(context, plain, build_backbone(context, plain))
     outcomes = train_cohort(
-        context, configs, numbers=range(len(configs)), features={"plain": str(store.folder)},
+        context, configs, numbers=range(len(configs)),
+        features=[{"plain": str(store.folder)}] * len(configs),
         report=lambda epoch, _: [p for p, last in (stops or {}).items() if last == epoch],
     )  # fmt: skip
     log = OutcomeLog(study.folder)

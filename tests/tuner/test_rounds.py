@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tuner.sampling.rounds import rest_of_round, round_size
+from tuner.sampling.rounds import num_rounds, rest_of_round, round_size
 from tuner.sampling.samplers import SAMPLERS
 from tuner.spaces.file import parse_space
 from tuner.spaces.space import SearchSpace
@@ -56,3 +56,12 @@ def test_a_cut_off_round_is_completed() -> None:
     assert [rest_of_round(space, asked) for asked in (0, 1, 19, 20, 21, 24, 43)] == [
         0, 19, 1, 0, 3, 0, 2,
     ]  # fmt: skip
+
+
+def test_rounds_are_counted() -> None:
+    space = make_space("tpe")
+    sizes = rounds_of(space, 200)
+    assert num_rounds(space, 0, sum(sizes)) == len(sizes)
+    assert num_rounds(space, 0, sum(sizes) - 1) == len(sizes), "the last one is cut short"
+    assert num_rounds(space, sum(sizes[:3]), sum(sizes)) == len(sizes) - 3
+    assert num_rounds(space, 7, 7) == 0

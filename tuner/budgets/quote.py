@@ -18,6 +18,7 @@ from core.config import TrialConfig
 from core.errors import InputError
 
 from ..finalists.crown import FinalistOptions
+from ..sampling.rounds import num_rounds
 from ..spaces.space import SearchSpace
 from ..studies.plan import Plan
 from ..trials.context import request_of
@@ -222,9 +223,10 @@ def _training(part: Part, precision: str, rows: int, calibration: Calibration) -
         return NOTHING
     if mode == "finetune":
         return first + _along(line, total, num_kept - 1)
-    rounds = math.ceil(num_kept / part.space.cohort_size)
-    kinds = len({request_of(config) for config in part.configs})
-    cohorts = min(num_kept, rounds * min(kinds, part.space.cohort_size))
+    cohorts = num_rounds(part.space, part.done, part.done + trials)
+    if part.trainers.count > 1:  # Then each trains on features of one kind.
+        cohorts *= len({request_of(config) for config in part.configs})
+    cohorts = min(num_kept, cohorts)
     return first + _along(line, total * (1 / part.trainers.threads), cohorts - 1)
 
 

@@ -62,7 +62,7 @@ def choose_ensemble(
     import torch
 
     from core.models.ensemble import select_over_seeds
-    from core.probing.group import METRICS
+    from core.objectives import METRICS
 
     whole = [runs for runs in ranked if all(record.value is not None for _, record in runs)]
     asked = [repeat for runs in [ranked[0], *whole] for repeat, r in runs if r.value is not None]

@@ -227,7 +227,7 @@ def train_job(context: Context, job: Job, channel: ChannelHandle) -> InputError 
             context_of(context, first),
             [repeat.config for repeat in job.repeats],
             numbers=[repeat.id for repeat in job.repeats],
-            features=first.candidate.features,
+            features=[repeat.candidate.features for repeat in job.repeats],
             report=report,
             keep_state=True,
             last_epoch=first.last_epoch,
@@ -251,7 +251,7 @@ def follow_job(
             "cohort": repeat.key,
             "numbers": [repeat.id],
             "trials": [repeat.config.to_dict()],
-            "features": dict(repeat.candidate.features),
+            "features": [dict(repeat.candidate.features)],
             "last_epoch": repeat.last_epoch,
         }
     )

@@ -64,7 +64,7 @@ def score_and_save(
     import torch
 
     from core.models.evaluation import best_thresholds, evaluate, fit_calibration, learnt_nothing
-    from core.probing.group import METRICS
+    from core.objectives import METRICS
 
     place, step, verdict = payload
     table, split = context.table, context.split

@@ -41,3 +41,12 @@ def rest_of_round(space: SearchSpace, num_asked: int) -> int:
     while end < num_asked:
         end += round_size(space, end)
     return end - num_asked
+
+
+def num_rounds(space: SearchSpace, begin: int, end: int) -> int:
+    """How many rounds there are from trial `begin` up to before trial `end`."""
+    rounds = 0
+    while begin < end:
+        begin += round_size(space, begin)
+        rounds += 1
+    return rounds

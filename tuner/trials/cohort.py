@@ -1,4 +1,4 @@
-"""A cohort: trials that share a backbone's features, trained in one Ray Tune trial.
+"""A cohort: trials of a round, trained together in one Ray Tune trial.
 
 A Tune trial's worker is reused for the next cohort, and trains in its own process (Ray Train's
 local mode, `num_workers=0`): a worker group of its own would cost more than most cohorts train.
@@ -12,7 +12,7 @@ import itertools
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,9 @@ from core.report import CohortReport, Metrics, Outcome, Status
 from .channel import ChannelHandle
 from .context import Context, prepare_worker
 
+if TYPE_CHECKING:
+    from core.probing.group import Source
+
 REPORT_SECONDS = 1.0
 """Between rungs a cohort reports at most this often, for the live table."""
 STATE_FILE_MODE = 0o644
@@ -33,7 +36,7 @@ def run_cohort(job: Mapping[str, Any], context: Context, channel: ChannelHandle)
     """The trainable of Ray Tune: trains a cohort, delivers one `Outcome` a trial.
 
     `job` is Tune's config: `cohort` (its name), `numbers` and `trials` (numbers and settings of
-    the trials), `features` (view's name -> folder of the matrix that they read).
+    the trials), `features` (of each trial, view's name -> folder of the matrix that it reads).
     """
     from ray import tune
     from ray.train import ScalingConfig
@@ -85,29 +88,30 @@ def train_cohort(
     configs: Sequence[TrialConfig],
     *,
     numbers: Sequence[int],
-    features: Mapping[str, str],
+    features: Sequence[Mapping[str, str]],
     report: CohortReport,
     keep_state: bool = False,
     last_epoch: int | None = None,
 ) -> list[Outcome]:
-    """Train trials that share a request: probes in stacks, or one fine-tuning trial.
+    """Train trials together: probes in stacks, or one fine-tuning trial.
 
     A fine-tuned trial's weights go to `context.state_path`, as they are big; a probe's come back
-    with its outcome if `keep_state`. `features` holds the folder of each view's matrix, those at
-    least that some trial draws from. `last_epoch` ends them there and keeps that epoch's weights,
-    as for `core.probing.probe.train_probes`. Raises InputError for trials that cannot run.
+    with its outcome if `keep_state`. `features` holds, of each trial, the folder of each view's
+    matrix, those at least that it draws from. `last_epoch` ends them there and keeps that epoch's
+    weights, as for `core.probing.probe.train_mixed_probes`. Raises InputError for trials that
+    cannot run.
     """
     import torch
 
-    from core.images.views import PLAIN, VIEWS
-    from core.probing.probe import train_probes
+    from core.images.views import PLAIN
+    from core.probing.probe import train_mixed_probes
 
     device = prepare_worker(context)
     if configs[0].mode == "finetune":
         from .finetuning import finetune_trial
 
         (config,), (number,) = configs, numbers
-        pictures = open_matrix(features[PLAIN.name])
+        pictures = open_matrix(features[0][PLAIN.name])
 
         def report_one(epoch: int, metrics: Metrics) -> bool:
             return bool(report(epoch, {0: metrics}))
@@ -122,14 +126,13 @@ def train_cohort(
             last_epoch=last_epoch,
         )
         return [outcome]
-    targets_NC = torch.from_numpy(context.table.targets_NC).float()
-    drawn = dict.fromkeys(view.name for config in configs for view in VIEWS[config.views])
-    return train_probes(
-        open_matrix(features[PLAIN.name]),
-        targets_NC,
+    sources, source_of = sources_of(configs, features)
+    return train_mixed_probes(
+        sources,
+        source_of,
+        torch.from_numpy(context.table.targets_NC).float(),
         context.split.pairs(),
         configs,
-        further_views={name: open_matrix(features[name]) for name in drawn if name != PLAIN.name},
         objective=context.objective,
         report=report,
         order_seed=context.seed,
@@ -138,6 +141,31 @@ def train_cohort(
         keep_state=keep_state,
         last_epoch=last_epoch,
     )
+
+
+def sources_of(
+    configs: Sequence[TrialConfig], features: Sequence[Mapping[str, str]]
+) -> tuple[list[Source], list[int]]:
+    """The features that trials read, each once, and which of them each trial reads; `features` as
+    for `train_cohort`."""
+    from core.images.views import PLAIN, VIEWS
+    from core.probing.group import Source
+
+    drawn: dict[str, dict[str, str]] = {}
+    for config, folders in zip(configs, features, strict=True):
+        views = drawn.setdefault(folders[PLAIN.name], {})
+        views |= {view.name: folders[view.name] for view in VIEWS[config.views]}
+    sources = [
+        Source(
+            features=open_matrix(plain),
+            further_views={
+                name: open_matrix(folder) for name, folder in views.items() if name != PLAIN.name
+            },
+        )
+        for plain, views in drawn.items()
+    ]
+    plains = list(drawn)
+    return sources, [plains.index(folders[PLAIN.name]) for folders in features]
 
 
 def open_matrix(folder: str) -> npt.NDArray[Any]:

@@ -138,6 +138,14 @@ def view_folders(features: Mapping[FeatureRequest, str], plain: FeatureRequest) 
     return {plain.view: features[plain], **others}
 
 
+def bytes_in_memory(request: FeatureRequest, folder: str) -> int:
+    """What a process that reads a matrix holds of it; maps and pictures stay on the disk."""
+    from core.encoding.features import MAP, PIXELS
+
+    file = Path(folder) / "matrix.npy"
+    return 0 if request.pooling in (MAP, PIXELS) or not file.exists() else file.stat().st_size
+
+
 def prepare_worker(context: Context) -> torch.device:
     """Set this process' threads to its share of cores; returns the device to use."""
     import torch

@@ -104,6 +104,7 @@ def run_trials(
         turns=turns,
         on_lost=board.abandon if board else None,
         judge=judge,
+        num_workers=workers.count,
     )
     with view.showing(earlier=earlier):
         while True:

@@ -222,6 +222,6 @@ def _train(
         return (0,) if epoch == last else ()
 
     (again,) = train_cohort(
-        context, [config], numbers=[trial.number], features=features, report=report
+        context, [config], numbers=[trial.number], features=[features], report=report
     )
     return again

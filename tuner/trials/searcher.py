@@ -1,7 +1,8 @@
 """Between Optuna and Ray Tune: rounds of trials in, cohorts out, each trial's end told.
 
 Tune asks `suggest` for its next trial; we answer with a cohort. When no cohort waits, Optuna is
-asked for a round of trials at once, and those that read the same features form a cohort. At rungs
+asked for a round of trials at once. They form one cohort, or with several workers one for all that
+read the same features. At rungs
 all values of a cohort are reported before any is judged. Each trial is told COMPLETE, PRUNED or
 FAIL (Ray's own OptunaSearch tells stopped trials as COMPLETE, which misleads the sampler).
 """
@@ -32,13 +33,15 @@ from ..sampling.wilcoxon import fold_values
 from ..spaces.space import SearchSpace
 from ..studies.outcomes import OutcomeLog
 from .channel import ChannelHandle
-from .context import FeatureRequest, request_of, view_folders
+from .context import FeatureRequest, bytes_in_memory, request_of, view_folders
 from .telling import tell
 
 if TYPE_CHECKING:
     import optuna
 
 SEED_STRIDE = 1_000_003
+TOGETHER_BYTES = 1 << 30
+"""Of features that the trials of one cohort read: each of its processes holds them all."""
 
 Settings = Mapping[str, Any]
 
@@ -72,14 +75,14 @@ class Member:
     settings: Settings
     """What the space set, and the seed."""
     config: TrialConfig
+    request: FeatureRequest
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cohort:
-    """Trials that read the same features."""
+    """Trials that train together."""
 
     name: str
-    request: FeatureRequest
     members: Sequence[Member]
 
     @property
@@ -110,6 +113,7 @@ class CohortSearcher(Searcher):
         turns: gives out trials, and knows of the study's other drivers; None: there are none.
         on_lost: hears the name of a cohort whose Tune trial is beyond retrying.
         judge: knows what trials cost and which may win.
+        num_workers: that run cohorts side by side.
     """
 
     def __init__(
@@ -127,6 +131,7 @@ class CohortSearcher(Searcher):
         turns: Turns | None = None,
         on_lost: Callable[[str], None] | None = None,
         judge: Judge = ANYTHING_GOES,
+        num_workers: int = 1,
     ) -> None:
         super().__init__()
         self._study = study
@@ -141,6 +146,7 @@ class CohortSearcher(Searcher):
         self._turns = turns or Turns(study, None, trials=budget.trials)
         self._on_lost = on_lost
         self._judge = judge
+        self._num_workers = num_workers
         self._cohorts = 0
         self._queue: deque[Cohort] = deque()
         self._again: set[str] = set()
@@ -184,7 +190,7 @@ class CohortSearcher(Searcher):
             "cohort": cohort.name,
             "numbers": cohort.numbers,
             "trials": [member.config.to_dict() for member in cohort.members],
-            "features": view_folders(self._features, cohort.request),
+            "features": [view_folders(self._features, m.request) for m in cohort.members],
         }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -285,7 +291,7 @@ class CohortSearcher(Searcher):
 
     def _ask_round(self) -> None:
         """Ask for a round and group it. A trial that cannot run is told so and not queued."""
-        groups: dict[FeatureRequest, list[Member]] = {}
+        members: list[Member] = []
         for trial in self._take_round():
             settings = {"seed": trial_seed(self._seed, trial.number)}
             settings |= self._space.suggest(trial)
@@ -304,15 +310,31 @@ class CohortSearcher(Searcher):
                 continue
             if self._space.minimised:
                 trial.set_user_attr(ATTRIBUTE, self._judge.costs_of(config))
-            member = Member(trial=trial, settings=settings, config=config)
-            groups.setdefault(request, []).append(member)
-        for request, members in groups.items():
-            size = 1 if self._space.mode == "finetune" else len(members)
-            for start in range(0, len(members), size):
-                self._cohorts += 1
-                name = f"cohort-{self._cohorts}"
-                part = members[start : start + size]
-                self._queue.append(Cohort(name=name, request=request, members=part))
+            members.append(Member(trial=trial, settings=settings, config=config, request=request))
+        for group in self._grouped(members):
+            self._cohorts += 1
+            self._queue.append(Cohort(name=f"cohort-{self._cohorts}", members=group))
+
+    def _grouped(self, members: Sequence[Member]) -> list[list[Member]]:
+        """The trials that train together: those on the same features, and with one worker others,
+        too, as long as their features fit its memory together; in fine-tuning, each alone."""
+        if self._space.mode == "finetune":
+            return [[member] for member in members]
+        by_request: dict[FeatureRequest, list[Member]] = {}
+        for member in members:
+            by_request.setdefault(member.request, []).append(member)
+        if self._num_workers > 1:
+            return list(by_request.values())
+        groups: list[list[Member]] = []
+        held = 0
+        for request, some in by_request.items():
+            held += bytes_in_memory(request, self._features[request])
+            if groups and held <= TOGETHER_BYTES:
+                groups[-1] += some
+            else:
+                groups.append(some)
+                held = bytes_in_memory(request, self._features[request])
+        return groups
 
     def _take_round(self) -> list[optuna.Trial]:
         """A new round; after a kill, what is left of the one that it cut off, which trains and is

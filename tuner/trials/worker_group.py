@@ -186,7 +186,7 @@ def train_job(
             context,
             TrialConfig.from_dict(values),
             number,
-            open_matrix(job["features"][PLAIN.name]),
+            open_matrix(job["features"][0][PLAIN.name]),
             report=report,
             device=device,
             ranks=ranks,
