@@ -3,7 +3,7 @@
 A helper is a Python of its own (`helper`) at the other end of two pipes; it ends when its pipe
 does, however this process ends. One that takes a cohort's groups is sent the features by the name
 of their file where they have one. Nothing waits for a helper to start: until it is ready, cohorts
-train without it.
+train without it. Nothing here imports torch, so that helpers can start before this process has.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import IO, Any, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
-from ..encoding.inputs import FloatMatrix
-from .fold import Task
-from .group import Group, GroupState, Part, Source
+if TYPE_CHECKING:
+    from ..encoding.inputs import FloatMatrix
+    from .fold import Task
+    from .group import Group, GroupState, Part, Source
 
 MAX_HELPERS = 15
 """Each takes memory for a torch of its own."""
@@ -63,6 +64,8 @@ class SourceFiles:
         return SourceFiles(features=by_name(source.features), further_views=views)
 
     def open(self) -> Source:
+        from .group import Source
+
         views = {name: _opened(matrix) for name, matrix in self.further_views.items()}
         return Source(features=_opened(self.features), further_views=views)
 

@@ -20,8 +20,8 @@ from measuring import NUM_IMAGES, Bench, benchmark, console, show, verdict
 
 from tuner.trials.cluster import cluster
 
-BACKBONE, NUM_FEATURES = "mobilenet_v2", 1280
-TRIALS = 128
+BACKBONE, NUM_FEATURES = "squeezenet1_1", 512
+TRIALS = 64
 TRACKED = 16
 """Trials of the tracked baseline."""
 

@@ -144,7 +144,8 @@ def extract_features(prepared: Prepared, workers: Workers) -> dict[FeatureReques
 
 
 def run(prepared: Prepared, features: Mapping[FeatureRequest, str], workers: Workers) -> float:
-    """Seconds until all trials ended and are in Optuna, the outcome log and MLflow."""
+    """Seconds until all trials ended and are in Optuna, the outcome log and MLflow, whose database
+    is made meanwhile."""
     with _tracker(prepared) as tracker:
         view = StudyView(
             Console(file=StringIO()), prepared.space, budget=prepared.plan.trials, floor=0.0
@@ -161,6 +162,7 @@ def run(prepared: Prepared, features: Mapping[FeatureRequest, str], workers: Wor
             view=view,
         )
         assert done, "the study was interrupted"
+        tracker.flush()
         return time.perf_counter() - started
 
 
@@ -176,7 +178,6 @@ def _tracker(prepared: Prepared) -> Iterator[Tracker]:
     )
     try:
         tracker.start_study({"space": "bench"})
-        tracker.flush()
         yield tracker
     finally:
         tracker.close()

@@ -38,6 +38,8 @@ def run_cohort(job: Mapping[str, Any], context: Context, channel: ChannelHandle)
     `job` is Tune's config: `cohort` (its name), `numbers` and `trials` (numbers and settings of
     the trials), `features` (of each trial, view's name -> folder of the matrix that it reads).
     """
+    if job["trials"][0]["mode"] != "finetune":
+        start_helpers(context)
     from ray import tune
     from ray.train import ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -45,8 +47,6 @@ def run_cohort(job: Mapping[str, Any], context: Context, channel: ChannelHandle)
     name = job["cohort"]
     configs = [TrialConfig.from_dict(values) for values in job["trials"]]
     report = tune_report(name, context, channel, tune.report)
-    if configs[0].mode != "finetune":
-        start_helpers(context)
 
     def train_loop() -> list[Outcome]:
         return train_cohort(
@@ -73,13 +73,13 @@ def run_cohort(job: Mapping[str, Any], context: Context, channel: ChannelHandle)
 
 
 def start_helpers(context: Context) -> None:
-    """Have processes start that train a part of the heads, where heads train on a CPU. The first
-    cohort does not wait for them."""
-    import torch
+    """Have processes start that train a part of the heads, where heads train on a CPU: before this
+    one imports torch, which takes as long. The first cohort does not wait for them."""
+    import ray
 
     from core.probing import helper_pool
 
-    if not torch.cuda.is_available():
+    if not ray.get_runtime_context().get_accelerator_ids().get("GPU"):
         helper_pool.start_helpers(context.num_threads - 1)
 
 
