@@ -90,6 +90,9 @@ def asymmetric(
     rest_xC = 1 - prob_xC
     shifted_xC = rest_xC + clip
     prob_negative_xC = shifted_xC.clamp(SMALLEST, 1.0)
+    # Slopes of the probability, and of what clipping leaves of it.
+    curve_xC = prob_xC * rest_xC
+    unclipped_xC = curve_xC * (shifted_xC <= 1)
     positive_share_xC = smooth(targets_xC, label_smoothing, 2)
     negative_share_xC = 1 - positive_share_xC
     if class_weights_C is not None:
@@ -97,23 +100,18 @@ def asymmetric(
     # The two log terms (without their minus), and their slopes.
     log_term_xC = (logits_xC - softplus_xC).mul_(positive_share_xC)
     log_term_xC.addcmul_(negative_share_xC, prob_negative_xC.log())
-    curve_xC = prob_xC * rest_xC
-    unclipped_xC = (shifted_xC >= SMALLEST) & (shifted_xC <= 1)
-    log_slope_xC = (rest_xC * positive_share_xC).sub_(
-        (curve_xC / prob_negative_xC).mul_(negative_share_xC).mul_(unclipped_xC)
+    slope_xC = (rest_xC * positive_share_xC).sub_(
+        (unclipped_xC / prob_negative_xC).mul_(negative_share_xC)
     )
-    # The focusing factor and the slope of its logarithm.
-    wrong_xC = torch.where(positive_xC, rest_xC, 1 - shifted_xC.clamp(max=1.0))
-    focused_xC = wrong_xC >= SMALLEST
-    wrong_xC.clamp_(min=SMALLEST)
+    # The focusing factor, and the slope of its logarithm.
+    wrong_xC = torch.where(positive_xC, rest_xC, 1 - prob_negative_xC).clamp_(min=SMALLEST)
     gamma_xC = torch.where(
         positive_xC, torch.as_tensor(gamma_positive), torch.as_tensor(gamma_negative)
     ).to(wrong_xC)
-    signs_xC = 1 - 2 * targets_xC
-    factor_slope_xC = (curve_xC / wrong_xC).mul_(gamma_xC).mul_(signs_xC).mul_(focused_xC)
     factor_xC = (wrong_xC**gamma_xC).neg_()
-    gradient_xC = log_slope_xC.addcmul_(factor_slope_xC, log_term_xC).mul_(factor_xC)
-    return log_term_xC.mul_(factor_xC).mean(-1), gradient_xC.div_(logits_xC.shape[-1])
+    focus_xC = torch.where(positive_xC, curve_xC.neg_(), unclipped_xC).div_(wrong_xC).mul_(gamma_xC)
+    slope_xC.addcmul_(focus_xC, log_term_xC).mul_(factor_xC)
+    return log_term_xC.mul_(factor_xC).mean(-1), slope_xC.div_(logits_xC.shape[-1])
 
 
 def _bce_terms(

@@ -18,7 +18,6 @@ from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import (  # Each of these enters its format into `Image.OPEN`.
     BmpImagePlugin,  # noqa: F401
     GifImagePlugin,  # noqa: F401
@@ -28,7 +27,6 @@ from PIL import (  # Each of these enters its format into `Image.OPEN`.
     TiffImagePlugin,  # noqa: F401
     WebPImagePlugin,  # noqa: F401
 )
-from torch.nn.functional import interpolate
 
 from ..errors import InputError, unknown_name
 
@@ -160,6 +158,9 @@ def decode_square(
 def _squashed(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
     """All of the picture. By torch's vector instructions: Pillow's resizing, in a third of its
     time, takes as long as all else that is done to a picture."""
+    import torch
+    from torch.nn.functional import interpolate
+
     # A batch before its axes are turned: only so torch sees that colours lie together, keeps them
     # together, and nothing is copied.
     pixels_1Chw = torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2)

@@ -27,10 +27,10 @@ def rounds_of(space: SearchSpace, trials: int) -> list[int]:
 
 def test_random_trials_at_once_then_few_then_a_part_of_what_is_known() -> None:
     sizes = rounds_of(make_space("tpe"), 400)
-    assert sizes[:7] == [20, 4, 4, 4, 4, 4, 5]  # 40 trials before the seventh
+    assert sizes[:7] == [20, 8, 8, 9, 11, 14, 17]  # 36 trials before the fourth
     assert sizes == sorted(sizes[:1]) + sorted(sizes[1:])
     assert sizes[-1] == 32
-    assert len(sizes) < 40
+    assert len(sizes) < 25
 
 
 def test_cohort_size_is_the_most() -> None:
@@ -53,8 +53,8 @@ def test_fine_tuning_trials_are_asked_for_one_by_one() -> None:
 
 def test_a_cut_off_round_is_completed() -> None:
     space = make_space("tpe")
-    assert [rest_of_round(space, asked) for asked in (0, 1, 19, 20, 21, 24, 43)] == [
-        0, 19, 1, 0, 3, 0, 2,
+    assert [rest_of_round(space, asked) for asked in (0, 1, 19, 20, 21, 28, 43)] == [
+        0, 19, 1, 0, 7, 0, 2,
     ]  # fmt: skip
 
 
