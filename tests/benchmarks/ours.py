@@ -58,14 +58,16 @@ class Prepared:
         return float(self.study.optuna().best_value)
 
 
-def space_of(backbone: str, *, trials: int, epochs: int, batch_size: int = 64) -> SearchSpace:
+def space_of(
+    backbone: str, *, trials: int, epochs: int, batch_size: int = 64, sampler: str = "tpe"
+) -> SearchSpace:
     """Linear heads as in the shipped space `probe`; no pruner, so that every trial is whole."""
     return parse_space(
         {
             "name": "bench",
             "trials": trials,
             "cohort_size": 32,
-            "sampler": "tpe",
+            "sampler": sampler,
             "pruner": "none",
             "parameters": {
                 "backbone": backbone,

@@ -3,8 +3,8 @@
 Trials of a round do not learn from each other: with rounds of 32 throughout, TPE needs more trials
 for the same result. But few heads take as long as many, as a step of a stack is mostly calls. So a
 round is small while little is known, but not smaller than what trains in hardly less time
-(`tests/benchmarks/README.md`, rounds). The size follows from the number of trials alone, so that a resumed study goes on
-with the rounds that it would have had.
+(`tests/benchmarks/README.md`, rounds). The size follows from the number of trials alone, so that a
+resumed study goes on with the rounds that it would have had.
 """
 
 from __future__ import annotations
