@@ -113,8 +113,9 @@ demo: setup .demo/drawn-posters ## draw posters and run a real study on them, of
 # ---- checks -------------------------------------------------------------------------------------
 
 # Under 12 minutes whatever happens: no test starts after 600 s, and few go on for over 110 s.
+# Two files at a time, as most tests keep one core busy; those of one file share what they set up.
 test: setup ## run the quick tests (under 12 minutes)
-	$(BIN)/python -m pytest -m "not slow and not gpu and not browser" \
+	$(BIN)/python -m pytest -m "not slow and not gpu and not browser" -n 2 --dist loadfile \
 	  --timeout=110 --session-timeout=600 $(PYTEST_FLAGS)
 
 # Tests that wait for Rays of their own to start, die and come back; those that failed alone again:

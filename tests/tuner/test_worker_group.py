@@ -17,7 +17,7 @@ JOB = {
     "cohort": "cohort-1",
     "numbers": [7],
     "trials": [TrialConfig(mode="finetune", backbone="squeezenet1_1", batch_size=4).to_dict()],
-    "features": {"plain": "/nowhere"},
+    "features": [{"plain": "/nowhere"}],
 }
 
 
