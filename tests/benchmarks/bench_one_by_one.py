@@ -5,8 +5,8 @@ one trial a core. *Bare*: one metric an epoch, no logger at all. *Tracked*: what
 the same metrics of every epoch, and MLflow by Ray's own MLflowLoggerCallback. Neither asks a
 sampler. Ours asks, trains cohorts and writes journal, outcome log and MLflow: in the rounds of TPE,
 which learns and so asks for few trials at a time, and in whole rounds, as with a sampler that does
-not learn. Both baselines train the very same trials as the former. A longer study of ours shows what
-is left when starting has been paid for; it is set against the baselines' time a trial.
+not learn. Both baselines train the very same trials as the former. A longer study of ours shows
+what is left when starting has been paid for; it is set against the baselines' time a trial.
 """
 
 from __future__ import annotations
