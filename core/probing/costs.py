@@ -1,7 +1,7 @@
 """About how long heads train: to share them out evenly among processes.
 
-Nobody promises these times to anyone: only their ratios count. Measured on a core with bfloat16
-products (AVX-512); where products take longer, they count for more in all heads alike.
+Rough guesses for one core, which nobody promises to anyone: only their ratios count. Where they
+are wrong a core waits, and nothing else changes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How many trials are asked for at once.
 
 Trials of a round do not learn from each other: with rounds of 32 throughout, TPE needs more trials
-for the same result. But few heads take as long as many, as a step of a stack is mostly calls. So a
-round is small while little is known, but not smaller than what trains in hardly less time
+for the same result. But a step of few heads is mostly calls, and a trial of a small round costs
+more. So a round is small while little is known, but not smaller than what fills a stack somewhat
 (`tests/benchmarks/README.md`, rounds). The size follows from the number of trials alone, so that a
 resumed study goes on with the rounds that it would have had.
 """

@@ -8,6 +8,7 @@ same seed the same head. An index says which probe each kept head is.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,19 +109,24 @@ def train_heads(context: Context, probes: Sequence[Probe], folder: Path) -> set[
     Returns the numbers of those that could be: another device may make one diverge.
     """
     trained = set()
-    outcomes = train_cohort(
-        context,
-        [probe.config for probe in probes],
-        numbers=[probe.number for probe in probes],
-        features=[probe.features for probe in probes],
-        report=keep_going,
-        keep_state=True,
-    )
-    for probe, outcome in zip(probes, outcomes, strict=True):
-        if outcome.state is not None:
-            state = {**outcome.state, **_scaling(context, probe)}
-            save_state(head_path(folder, probe.config), state)
-            trained.add(probe.number)
+    # One backbone's features after another's, as a cohort holds all that it reads in memory.
+    groups: dict[FeatureRequest, list[Probe]] = defaultdict(list)
+    for probe in probes:
+        groups[request_of(probe.config)].append(probe)
+    for members in groups.values():
+        outcomes = train_cohort(
+            context,
+            [probe.config for probe in members],
+            numbers=[probe.number for probe in members],
+            features=[probe.features for probe in members],
+            report=keep_going,
+            keep_state=True,
+        )
+        for probe, outcome in zip(members, outcomes, strict=True):
+            if outcome.state is not None:
+                state = {**outcome.state, **_scaling(context, probe)}
+                save_state(head_path(folder, probe.config), state)
+                trained.add(probe.number)
     return trained
 
 

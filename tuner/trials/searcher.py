@@ -2,9 +2,9 @@
 
 Tune asks `suggest` for its next trial; we answer with a cohort. When no cohort waits, Optuna is
 asked for a round of trials at once. They form one cohort, or with several workers one for all that
-read the same features. At rungs
-all values of a cohort are reported before any is judged. Each trial is told COMPLETE, PRUNED or
-FAIL (Ray's own OptunaSearch tells stopped trials as COMPLETE, which misleads the sampler).
+read the same features. At rungs all values of a cohort are reported before any is judged. Each
+trial is told COMPLETE, PRUNED or FAIL (Ray's own OptunaSearch tells stopped trials as COMPLETE,
+which misleads the sampler).
 """
 
 from __future__ import annotations
@@ -328,12 +328,13 @@ class CohortSearcher(Searcher):
         groups: list[list[Member]] = []
         held = 0
         for request, some in by_request.items():
-            held += bytes_in_memory(request, self._features[request])
-            if groups and held <= TOGETHER_BYTES:
+            size = bytes_in_memory(request, self._features[request])
+            if groups and held + size <= TOGETHER_BYTES:
                 groups[-1] += some
+                held += size
             else:
                 groups.append(some)
-                held = bytes_in_memory(request, self._features[request])
+                held = size
         return groups
 
     def _take_round(self) -> list[optuna.Trial]:
