@@ -20,10 +20,6 @@ Array = Tensor | npt.NDArray[Any]
 
 JUDGED_POSITIVES = 10
 """Positive labels from which on a class is judged by itself."""
-PART = 2**15 - 1
-"""Pictures (of all heads) in one part of `topk_hits`: a few such columns fit into a core's cache,
-and below 2**15 values torch does not spread an operation over threads, which would wait for each
-other hundreds of times on a busy machine."""
 
 
 def topk_recall(scores: Array, targets: Array, k: int = 3, *, allow_nan: bool = False) -> Tensor:
@@ -86,28 +82,46 @@ class Hits(NamedTuple):
 
 
 def topk_hits(scores: Array, targets: Array, k: int = 3, *, allow_nan: bool = False) -> Hits:
-    """For each true label, whether it is among the k best classes of its picture.
-
-    Where the k-th and the next score of a picture are equal, the cut goes through a tie; those
-    pictures, seldom any, are sorted to find the classes of lowest index.
-    """
+    """For each true label, whether it is among the k best classes of its picture; arguments as for
+    `topk_recall`."""
     scores, targets, diverged = check_scores(scores, targets, allow_nan=allow_nan)
     num_classes = scores.shape[-1]
     if not 1 <= k <= num_classes:
         raise ValueError(f"1 <= k <= num_classes must hold, but got ({k=}, {num_classes=})")
     picture, label = targets.nonzero(as_tuple=True)
-    scores_P = scores[..., picture, label]
-    if k == num_classes:
-        return Hits(torch.ones_like(scores_P, dtype=torch.bool), picture, label, diverged)
-    best = _highest(scores, k + 1)
-    hit = scores_P >= best[k - 1][..., picture]
-    tied = best[k - 1] == best[k]
-    if bool(tied.any()):
-        predicted = torch.zeros_like(scores, dtype=torch.bool)
-        order = torch.sort(scores[tied], dim=-1, descending=True, stable=True).indices
-        predicted[tied] = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order[:, :k], True)
-        hit = torch.where(tied[..., picture], predicted[..., picture, label], hit)
-    return Hits(hit, picture, label, diverged)
+    find = _compiled_hits if scores.device.type == "cpu" else _sorted_hits
+    return Hits(find(scores, picture, label, k), picture, label, diverged)
+
+
+def _sorted_hits(scores: Tensor, picture_P: Tensor, label_P: Tensor, k: int) -> Tensor:
+    # Stable: of equal scores the lower class comes first.
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
+    predicted = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
+    return predicted[..., picture_P, label_P]
+
+
+def _compiled_hits(scores: Tensor, picture_P: Tensor, label_P: Tensor, k: int) -> Tensor:
+    from .kernels.ranks import find_hits  # Predicting needs no compiler, and no wait for one.
+
+    scores_HNC = scores.reshape(-1, *scores.shape[-2:])
+    num_heads, num_pictures, num_classes = scores_HNC.shape
+    head_stride, picture_stride, class_stride = scores_HNC.stride()
+    if class_stride != 1 or 0 in scores_HNC.stride():
+        scores_HNC = scores_HNC.contiguous()
+        head_stride, picture_stride, _ = scores_HNC.stride()
+    size = (num_heads - 1) * head_stride + (num_pictures - 1) * picture_stride + num_classes
+    hit_HP = torch.empty(num_heads, len(picture_P), dtype=torch.bool)
+    find_hits(
+        scores_HNC.as_strided((size,), (1,)).numpy(),
+        head_stride,
+        picture_stride,
+        num_classes,
+        picture_P.numpy(),
+        label_P.numpy(),
+        k,
+        hit_HP.numpy(),
+    )
+    return hit_HP.view(*scores.shape[:-2], len(picture_P))
 
 
 def prior_scores(train_targets: Array) -> Tensor:
@@ -256,37 +270,15 @@ def check_scores(
         )
     if not bool(targets.any()):
         raise ValueError(f"targets hold no positive label: all {targets.numel()} are 0")
-    nan = tensor.isnan()
-    diverged = nan.flatten(-2).any(-1)
+    diverged = tensor.amax((-2, -1)).isnan()  # A maximum with a NaN is NaN.
     if not allow_nan and bool(diverged.any()):
-        raise ValueError(f"scores hold NaN: {int(nan.sum())} of {nan.numel()} values")
+        raise ValueError(f"scores hold NaN: {int(tensor.isnan().sum())} of {tensor.numel()} values")
     return tensor, targets, diverged
 
 
 def _tensor(values: Array | float) -> Tensor:
     # A copy of an array: `from_numpy` warns of read-only ones, such as pandas hands out.
     return values.detach() if isinstance(values, Tensor) else torch.tensor(values)
-
-
-def _highest(scores: Tensor, count: int) -> Tensor:
-    """The `count` highest scores of each picture, with multiplicity, highest first:
-    `[count, ..., N]`.
-
-    A running insertion over the classes out of elementwise maxima and minima, in parts.
-    Faster than `torch.topk`, which sorts a few classes of many pictures one by one.
-    """
-    scores_MC = scores.reshape(-1, scores.shape[-1])
-    best = scores_MC.new_full((count, len(scores_MC)), -torch.inf)
-    for start in range(0, len(scores_MC), PART):
-        part = best[:, start : start + PART]
-        column, lower = torch.empty_like(part[0]), torch.empty_like(part[0])
-        for scores_M in scores_MC[start : start + PART].unbind(-1):
-            column.copy_(scores_M)
-            for j in range(count - 1, 0, -1):
-                torch.minimum(part[j - 1], column, out=lower)
-                torch.maximum(part[j], lower, out=part[j])
-            torch.maximum(part[0], column, out=part[0])
-    return best.view(count, *scores.shape[:-1])
 
 
 def _sorted(values: Tensor) -> Tensor:

@@ -1,16 +1,14 @@
 """Optimizers, twice: torch's own for a model, and the same rules over stacked heads.
 
 A rule updates a stack of weights [H, ...] in place, with one value of every setting a head
-(tensors [H, 1...], broadcastable to the weights). On a CPU, where memory is what an update waits
-for, torch's fused kernels go through one head's weights in a single pass. The contract test holds
-both to their `torch.optim` counterpart. H: heads.
+(tensors [H, 1...], broadcastable to the weights). On a CPU `core.kernels.updates` does the same in
+one pass over the weights. The contract test holds all to their `torch.optim` counterpart. H: heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,7 +18,6 @@ EPS = 1e-8
 """Added to denominators, torch's default for all of them."""
 
 Settings = dict[str, Tensor]
-Numbers = Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +30,6 @@ class Optimizer:
     """(weights, gradients, slots, step counted from 1, settings): changes weights and slots."""
     num_slots: int
     """State tensors of the weights' shape that the rule keeps; they start at zero."""
-    fused: Callable[[Tensor, Tensor, Sequence[Tensor], int, Numbers], None] | None = None
-    """As `update`, for one head on a CPU and with plain numbers; None where torch has no kernel."""
     parameters: tuple[str, ...] = ()
     """Fields of `TrialConfig` it reads besides lr and weight_decay."""
 
@@ -79,55 +74,6 @@ def _rmsprop(
     weights.addcdiv_(grad * -s["lr"], square.sqrt().add_(EPS))
 
 
-def _fused_sgd(
-    weights: Tensor, grad: Tensor, slots: Sequence[Tensor], step: int, s: Numbers
-) -> None:
-    torch._fused_sgd_(
-        [weights],
-        [grad],
-        list(slots) if s["momentum"] else [],
-        lr=s["lr"],
-        weight_decay=s["weight_decay"],
-        momentum=s["momentum"],
-        dampening=0.0,
-        nesterov=bool(s["nesterov"]),
-        maximize=False,
-        is_first_step=False,  # The buffer starts at zero: see `_sgd`.
-    )
-
-
-def _fused_adam(
-    kernel: Callable[..., None],
-) -> Callable[[Tensor, Tensor, Sequence[Tensor], int, Numbers], None]:
-    def update(
-        weights: Tensor, grad: Tensor, slots: Sequence[Tensor], step: int, s: Numbers
-    ) -> None:
-        first, second = slots
-        kernel(
-            [weights],
-            [grad],
-            [first],
-            [second],
-            [],
-            [_count(step)],
-            lr=s["lr"],
-            beta1=s["beta1"],
-            beta2=s["beta2"],
-            weight_decay=s["weight_decay"],
-            eps=EPS,
-            amsgrad=False,
-            maximize=False,
-        )
-
-    return update
-
-
-@lru_cache(maxsize=64)
-def _count(step: int) -> Tensor:
-    """A step's number as the kernels want it; all heads of a stack ask for the same one."""
-    return torch.tensor(float(step))
-
-
 def _betas(build: Callable[..., torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
     def with_betas(
         groups: Any, *, beta1: float, beta2: float, **settings: Any
@@ -141,21 +87,18 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "sgd": Optimizer(
         build=torch.optim.SGD,
         update=_sgd,
-        fused=_fused_sgd,
         num_slots=1,
         parameters=("momentum", "nesterov"),
     ),
     "adam": Optimizer(
         build=_betas(torch.optim.Adam),
         update=_adam,
-        fused=_fused_adam(torch._fused_adam_),
         num_slots=2,
         parameters=("beta1", "beta2"),
     ),
     "adamw": Optimizer(
         build=_betas(torch.optim.AdamW),
         update=_adamw,
-        fused=_fused_adam(torch._fused_adamw_),
         num_slots=2,
         parameters=("beta1", "beta2"),
     ),

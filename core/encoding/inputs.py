@@ -74,32 +74,36 @@ class HeadInputs:
             mean_D, deviation_D = feature_statistics(features, train_rows)
             self.mean_D, self.deviation_D = mean_D.to(device), deviation_D.to(device)
         self._features = [features, *further_views]
-        self._matrix_VND: Tensor | None = None
+        self._copies: dict[torch.dtype, Tensor] = {}
+        """All views of all rows [V * N, D], scaled, in each type that was asked for."""
         if features.ndim == 2:
-            self._matrix_VND = torch.empty(len(self._features), *features.shape, device=device)
-            for matrix_ND, view in zip(self._matrix_VND, self._features, strict=True):
+            copy = torch.empty(len(self._features), *features.shape, device=device)
+            for matrix_ND, view in zip(copy, self._features, strict=True):
                 for start in range(0, len(view), _BLOCK_ROWS):
                     block = np.array(view[start : start + _BLOCK_ROWS], dtype=np.float32)
                     matrix_ND[start : start + _BLOCK_ROWS].copy_(torch.from_numpy(block))
                 self._scale(matrix_ND)
+            self._copies[torch.float32] = copy.flatten(0, 1)
 
-    def batch(self, rows: Rows, views: Rows | None = None) -> Tensor:
-        """Scaled float32 features of these rows on the device: [B, D] or [B, P, D].
+    def batch(
+        self, rows: Rows, views: Rows | None = None, *, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Scaled features of these rows on the device: [B, D] or [B, P, D].
 
         `views` [B] says in which view each row is read; None: all in the plain one, which is 0.
         """
-        if self._matrix_VND is not None:
-            rows_B = torch.from_numpy(rows).to(self.device)
-            if views is None:
-                return self._matrix_VND[0][rows_B]
-            return self._matrix_VND[torch.from_numpy(views).to(self.device), rows_B]
+        if self._copies:
+            if dtype not in self._copies:
+                self._copies[dtype] = self._copies[torch.float32].to(dtype)
+            places = rows if views is None else views * len(self._features[0]) + rows
+            return self._copies[dtype].index_select(0, torch.from_numpy(places).to(self.device))
         if views is None:
             block = np.ascontiguousarray(self._features[0][rows])
         else:
             block = np.empty((len(rows), *self._features[0].shape[1:]), self._features[0].dtype)
             for view in np.unique(views):
                 block[views == view] = self._features[view][rows[views == view]]
-        return self._scale(torch.from_numpy(block).to(self.device).float())
+        return self._scale(torch.from_numpy(block).to(self.device).float()).to(dtype)
 
     def _scale(self, features: Tensor) -> Tensor:
         if self.mean_D is None or self.deviation_D is None:

@@ -21,13 +21,13 @@ from ..config import TrialConfig
 from ..encoding.encoders import Encoder
 from ..encoding.inputs import Rows
 from ..errors import InputError
+from ..heads import head_settings
 from ..images.augment import Augmentation, mix, picture_seeds
 from ..images.pixels import Pictures
 from ..metrics import topk_recall
 from ..models.classifier import SCALING, build_classifier, picture_logits, scale_features
 from ..objectives import METRICS, further_metrics
 from ..precision import FLOAT32
-from ..probing.stack import head_settings
 from ..report import Outcome, Report, Status
 from .batches import Cut, cut_epoch, epoch_order, read_ahead, read_pictures, to_unit
 from .checkpoint import Checkpoints

@@ -22,13 +22,14 @@ from torch import Tensor
 
 from ..config import TrialConfig
 from ..encoding.inputs import FloatMatrix, Rows
+from ..heads import structure
 from ..precision import FLOAT32
 from ..report import CohortReport, Metrics, Outcome, keep_going
 from .costs import seconds_of_epoch
 from .fold import Task
 from .group import Group, Part, Source
 from .hosts import side_by_side
-from .stack import bytes_of_head, in_runs, structure
+from .stack import bytes_of_head, in_runs
 
 STACK_BYTES = 2 << 30
 """Memory of one stack; more heads than fit form several."""

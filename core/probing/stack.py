@@ -17,22 +17,23 @@ import torch
 from torch import Tensor
 
 from ..config import TrialConfig
-from ..heads import HEADS, build_head
-from ..loss_gradients import LOSSES_WITH_GRADIENTS
+from ..heads import HEADS, build_head, head_settings, structure
 from ..losses import LOSSES, class_weights
 from ..optimizers import OPTIMIZERS, Settings
 from ..precision import FLOAT32, autocast, product_type
 from ..schedules import rate_factors
-from .stack_layers import Masks, csra_logits, layered_logits, linear_gradients, linear_logits
-from .stack_updates import StackUpdates
+from .stack_layers import LayerInput, Masks, csra_logits, layered_logits, write_gradients
+from .stack_losses import CompiledLosses, DifferentiatedLosses, LossRun, StackLosses
+from .stack_updates import (
+    CompiledUpdates,
+    OptimizerRun,
+    RuleUpdates,
+    StackUpdates,
+    Weights,
+)
 
 EVALUATION_VALUES = 1 << 24
 """Outputs of a layer held at once while evaluating: bounds memory, not results."""
-
-
-def structure(config: TrialConfig) -> tuple[object, ...]:
-    """What heads must share to be stacked."""
-    return (config.head, config.hidden_sizes, config.dropout > 0 and config.head != "csra")
 
 
 def bytes_of_head(
@@ -64,7 +65,8 @@ class HeadStack:
         steps_per_epoch: batches in one pass, for schedules.
         device: where the stack lives.
         precision: of the products of a step, forward and backward (`core.precision`). Weights,
-            losses, updates and everything that is evaluated are float32.
+            losses, updates and what is judged are float32.
+        compiled: compute losses and updates by `core.kernels`; None: where the device is a CPU.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class HeadStack:
         steps_per_epoch: int,
         device: torch.device | str = "cpu",
         precision: str = FLOAT32,
+        compiled: bool | None = None,
     ) -> None:
         if len({structure(c) for c in configs}) != 1:
             raise ValueError("heads of one stack must have one structure")
@@ -91,35 +94,31 @@ class HeadStack:
             for c in members
         ]
         self.params: list[Tensor] = [
-            torch.stack([p.detach() for p in params]).to(self.device).requires_grad_()
+            torch.stack([p.detach() for p in params]).to(self.device)
             for params in zip(*(h.parameters() for h in heads), strict=True)
         ]
         num_slots = max(OPTIMIZERS[c.optimizer].num_slots for c in members)
         self.slots = [[torch.zeros_like(p) for p in self.params] for _ in range(num_slots)]
-        self.best = [p.detach().clone() for p in self.params]
-        self._gradient = torch.empty_like(self.params[0], requires_grad=False)
+        self.best = [p.clone() for p in self.params]
         self.step_number = 0
         self._rates_HT = self._schedule(members, steps_per_epoch)
         self._settings = self._setting_tensors(members)
-        self._numbers = [_optimizer_numbers(c) for c in members]
         self._class_weights_HC = self._class_weight_tensor(members, train_targets_NC)
-        self._find_runs()
-        first = members[0]
-        self._one_layer = first.head == "linear" and first.dropout == 0
         self._chances = [Masks(c.seed, self.device) if c.dropout > 0 else None for c in members]
+        self._compiled = self.device.type == "cpu" if compiled is None else compiled
+        self._make_steps()
 
     def __len__(self) -> int:
         return len(self.members)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what only points into the rest, or is written before it is read."""
-        made = ("_updates", "_loss_runs", "_gradient")
+        made = ("_narrow", "_gradients", "_losses", "_updates")
         return {key: value for key, value in self.__dict__.items() if key not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._gradient = torch.empty_like(self.params[0], requires_grad=False)
-        self._find_runs()
+        self._make_steps()
 
     @property
     def member_configs(self) -> list[TrialConfig]:
@@ -128,103 +127,86 @@ class HeadStack:
 
     # ---- training -------------------------------------------------------------------------
 
+    @torch.no_grad()
     def step(self, features: Tensor, targets_BC: Tensor) -> Tensor:
         """One update of every head on one batch.
 
-        Features are [B, D], or [B, P, D] for csra. Returns the losses before the update [H],
-        detached, on the device.
+        Features are [B, D], or [B, P, D] for csra. Returns the mean losses before the update [H]
+        (float64), on the device.
         """
-        if self._one_layer:
-            losses_BH, gradients = self._by_hand(features, targets_BC)
-        else:
-            losses_BH, gradients = self._by_autograd(features, targets_BC)
-        self.step_number += 1
-        self._updates(gradients, self.step_number)
-        return losses_BH.mean(0)
-
-    @torch.no_grad()
-    def _by_hand(self, features_BD: Tensor, targets_BC: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        """Losses [B, H] and the gradients of one layer: of few heads, autograd would take most of
-        the time."""
-        weight_HCD, bias_HC = self.params
-        features_BD = features_BD.to(product_type(self.precision))
-        logits_BHC = linear_logits(weight_HCD, bias_HC, features_BD)
-        losses_BH, slopes_BHC = self._slopes(logits_BHC, targets_BC)
-        return losses_BH, linear_gradients(slopes_BHC, features_BD, self._gradient)
-
-    def _by_autograd(self, features: Tensor, targets_BC: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        """Losses [B, H] and the gradients of any head."""
-        with autocast(self.device, self.precision):
-            logits_BHC = self._forward(
-                self.params, self._settings, features, training=True, gradient=self._gradient
-            )
-        losses_BH, slopes_BHC = self._slopes(logits_BHC.detach().float(), targets_BC)
-        slopes_BHC = slopes_BHC.to(logits_BHC.dtype)
-        return losses_BH, torch.autograd.grad(logits_BHC, self.params, slopes_BHC)
-
-    @torch.no_grad()
-    def _slopes(self, logits_BHC: Tensor, targets_BC: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses [B, H], and the gradients of their means over the batch by the logits."""
-        targets_B1C = targets_BC.unsqueeze(1)
-        losses, slopes = [], []
-        for name, run, settings in self._loss_runs:
-            loss_Bh, slope_BhC = LOSSES_WITH_GRADIENTS[name](
-                logits_BHC[:, run], targets_B1C, **settings
-            )
-            losses.append(loss_Bh)
-            slopes.append(slope_BhC)
-        if len(losses) == 1:
-            return loss_Bh, slope_BhC.div_(len(targets_BC))
-        return torch.cat(losses, 1), torch.cat(slopes, 1).div_(len(targets_BC))
-
-    def logits(self, features: Tensor, *, training: bool = False) -> Tensor:
-        """Logits [B, H, C] of every head with its present weights; features as for `step`."""
-        return self._forward(self.params, self._settings, features, training=training)
-
-    @torch.no_grad()
-    def best_logits(self, features: Tensor, places: Sequence[int]) -> Tensor:
-        """Logits [B, h, C] of the heads at these stack places with their remembered weights."""
-        index = torch.tensor(list(places), device=self.device)
-        settings = {key: value[index] for key, value in self._settings.items()}
-        return self._forward([b[index] for b in self.best], settings, features)
-
-    def _forward(
-        self,
-        params: Sequence[Tensor],
-        settings: Settings,
-        features: Tensor,
-        *,
-        training: bool = False,
-        gradient: Tensor | None = None,
-    ) -> Tensor:
-        layers = list(zip(params[::2], params[1::2], strict=True))
         if HEADS[self.configs[0].head].spatial:
-            return csra_logits(layers[0], settings, features, gradient)
-        dropping = training and self.configs[0].dropout > 0
-        return layered_logits(layers, features, self._drop if dropping else None, gradient)
+            losses_H = self._csra_gradients(features, targets_BC)
+        else:
+            losses_H = self._layered_gradients(features, targets_BC)
+        self.step_number += 1
+        self._updates(self.step_number)
+        return losses_H
 
-    def _drop(self, x: Tensor) -> Tensor:
-        """Inverted dropout with each head's own generator: [B, K] shared or [H, B, K] to the
-        latter."""
-        masks_HBK = torch.empty(len(self), *x.shape[-2:], device=self.device)
+    def _layered_gradients(self, features_BD: Tensor, targets_BC: Tensor) -> Tensor:
+        """Losses [H]; the gradients are written. By hand: of few heads, autograd would take most
+        of the time."""
+        inputs: list[LayerInput] = []
+        logits_HBC = layered_logits(
+            self._layers(self._products()),
+            features_BD.to(product_type(self.precision)),
+            drop=self._drop if self.configs[0].dropout > 0 else None,
+            inputs=inputs,
+        )
+        losses_H, slopes_HBC = self._losses.slopes(logits_HBC, targets_BC)
+        weights = self._products()[::2]
+        write_gradients(weights, inputs, slopes_HBC, self._layers(self._gradients))
+        return losses_H
+
+    def _csra_gradients(self, features_BPD: Tensor, targets_BC: Tensor) -> Tensor:
+        """Losses [H]; the gradients are written."""
+        leaves = [param.detach().requires_grad_() for param in self.params]
+        with torch.enable_grad(), autocast(self.device, self.precision):
+            logits_HBC = csra_logits((leaves[0], leaves[1]), self._settings, features_BPD)
+        losses_H, slopes_HBC = self._losses.slopes(logits_HBC.detach(), targets_BC)
+        gradients = torch.autograd.grad(logits_HBC, leaves, slopes_HBC)
+        for place, gradient in zip(self._gradients, gradients, strict=True):
+            place.copy_(gradient)
+        return losses_H
+
+    def _drop(self, shape_BK: Sequence[int]) -> Tensor:
+        """Inverted dropout with each head's own generator: masks [H, B, K]."""
+        masks_HBK = torch.empty(len(self), *shape_BK, device=self.device)
         for mask_BK, chance, config in zip(
             masks_HBK, self._chances, self.member_configs, strict=True
         ):
             assert chance is not None
             keep = 1 - config.dropout
             torch.mul(chance(mask_BK.shape, keep), 1 / keep, out=mask_BK)
-        return x * masks_HBK.to(x.dtype)
-
-    def losses(self, logits_BHC: Tensor, targets_BC: Tensor) -> Tensor:
-        """The loss of each picture for each head [B, H]."""
-        targets_B1C = targets_BC.unsqueeze(1)
-        losses = [
-            LOSSES[name].function(logits_BHC[:, run], targets_B1C, **settings)
-            for name, run, settings in self._loss_runs
-        ]
-        return torch.cat(losses, dim=1)
+        return masks_HBK
 
     # ---- evaluation and leaving -----------------------------------------------------------
+
+    @torch.no_grad()
+    def logits(self, features: Tensor, *, exact: bool = True) -> Tensor:
+        """Logits [H, B, C] (float32) of every head with its present weights; features as for
+        `step`. Not `exact`: products are computed in the precision of training."""
+        if exact or self._narrow is None:
+            return self._logits(self.params, self._settings, features)
+        return self._logits(self._products(), self._settings, features)
+
+    @torch.no_grad()
+    def best_logits(self, features: Tensor, places: Sequence[int]) -> Tensor:
+        """Logits [h, B, C] of the heads at these stack places with their remembered weights."""
+        index = torch.tensor(list(places), device=self.device)
+        settings = {key: value[index] for key, value in self._settings.items()}
+        return self._logits([b[index] for b in self.best], settings, features)
+
+    def _logits(self, params: Sequence[Tensor], settings: Settings, features: Tensor) -> Tensor:
+        layers = self._layers(params)
+        features = features.to(params[0].dtype)
+        if HEADS[self.configs[0].head].spatial:
+            return csra_logits(layers[0], settings, features)
+        return layered_logits(layers, features).float()
+
+    @torch.no_grad()
+    def losses(self, logits_HBC: Tensor, targets_BC: Tensor) -> Tensor:
+        """The mean loss of each head [H] (float64)."""
+        return self._losses.means(logits_HBC, targets_BC)
 
     def rows_at_once(self, num_places: int) -> int:
         """How many pictures a call of `logits` should get, to bound memory while evaluating."""
@@ -254,43 +236,87 @@ class HeadStack:
         index = torch.tensor(list(places), dtype=torch.long, device=self.device)
         self.members = [self.members[i] for i in places]
         self._chances = [self._chances[i] for i in places]
-        self.params = [p.detach()[index].requires_grad_() for p in self.params]
+        self.params = [p[index] for p in self.params]
         self.slots = [[s[index] for s in slot] for slot in self.slots]
         self.best = [b[index] for b in self.best]
         self._rates_HT = self._rates_HT[index]
         self._settings = {k: v[index] for k, v in self._settings.items()}
-        self._numbers = [self._numbers[i] for i in places]
-        self._gradient = self._gradient[: len(places)]
         if self._class_weights_HC is not None:
             self._class_weights_HC = self._class_weights_HC[index]
-        self._find_runs()
+        self._make_steps()
 
     # ---- set-up ---------------------------------------------------------------------------
 
-    def _find_runs(self) -> None:
-        """The longest slices of the stack that have one loss, with its settings as the function
-        takes them, and the updates of those that have one optimizer; in order."""
-        members = self.member_configs
-        self._loss_runs: list[tuple[str, slice, dict[str, Any]]] = []
-        for name, run in _runs([c.loss for c in members]):
-            settings: dict[str, Any] = {
-                key: self._settings[key][run].unsqueeze(1) for key in LOSSES[name].parameters
-            }
-            # A loss without smoothing or weights does not compute with zeros and ones.
-            if any(c.label_smoothing > 0 for c in members[run]):
-                settings["label_smoothing"] = self._settings["label_smoothing"][run].unsqueeze(1)
-            if self._class_weights_HC is not None:
-                settings["class_weights_C"] = self._class_weights_HC[run]
-            self._loss_runs.append((name, run, settings))
-        optimizers = _runs([c.optimizer for c in members])
-        self._updates = StackUpdates(
-            self.params,
-            self.slots,
-            runs=[(OPTIMIZERS[name], run) for name, run in optimizers],
-            settings=self._settings,
-            numbers=self._numbers,
-            rates_HT=self._rates_HT,
-        )
+    @staticmethod
+    def _layers(params: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Weights and biases of each."""
+        return list(zip(params[::2], params[1::2], strict=True))
+
+    def _products(self) -> list[Tensor]:
+        """The params in the type that products are computed in."""
+        return self.params if self._narrow is None else self._narrow
+
+    def _make_steps(self) -> None:
+        """What a step needs besides the state, for the heads that are in the stack: gradients,
+        copies of the weights, and what computes losses and updates of those that are alike."""
+        kind = product_type(self.precision)
+        csra = HEADS[self.configs[0].head].spatial
+        self._narrow: list[Tensor] | None = None
+        if kind != torch.float32 and not csra:
+            self._narrow = [param.to(kind) for param in self.params]
+        # Biases' and autograd's own are float32.
+        self._gradients = [
+            torch.empty_like(param, dtype=torch.float32 if csra or place % 2 else kind)
+            for place, param in enumerate(self.params)
+        ]
+        self._losses = self._losses_of_runs()
+        self._updates = self._updates_of_runs()
+
+    def _losses_of_runs(self) -> StackLosses:
+        runs = [
+            LossRun(
+                name=name,
+                heads=heads,
+                settings={
+                    key: self._settings[key][heads]
+                    for key in ("label_smoothing", *LOSSES[name].parameters)
+                },
+                class_weights_hC=None
+                if self._class_weights_HC is None
+                else self._class_weights_HC[heads],
+            )
+            for name, heads in _runs([c.loss for c in self.member_configs])
+        ]
+        if self._compiled:
+            return CompiledLosses(runs, num_classes=self.params[-1].shape[1])
+        return DifferentiatedLosses(runs)
+
+    def _updates_of_runs(self) -> StackUpdates:
+        runs = [
+            OptimizerRun(
+                name=name,
+                heads=heads,
+                settings={
+                    key: self._settings[key][heads]
+                    for key in ("weight_decay", *OPTIMIZERS[name].parameters)
+                },
+            )
+            for name, heads in _runs([c.optimizer for c in self.member_configs])
+        ]
+        weights = [
+            Weights(
+                values=param,
+                gradient=gradient,
+                narrow=None if self._narrow is None else self._narrow[place],
+                slots=[slot[place] for slot in self.slots],
+                decaying=place % 2 == 0,
+            )
+            for place, (param, gradient) in enumerate(
+                zip(self.params, self._gradients, strict=True)
+            )
+        ]
+        kind = CompiledUpdates if self._compiled else RuleUpdates
+        return kind(weights, runs, self._rates_HT)
 
     def _schedule(self, members: Sequence[TrialConfig], steps_per_epoch: int) -> Tensor:
         num_steps = max(c.epochs for c in members) * steps_per_epoch
@@ -344,17 +370,3 @@ def _runs(values: Sequence[str]) -> Iterator[tuple[str, slice]]:
         stop = start + len(list(run))
         yield value, slice(start, stop)
         start = stop
-
-
-def _optimizer_numbers(config: TrialConfig) -> dict[str, float]:
-    keys = ("weight_decay", *OPTIMIZERS[config.optimizer].parameters)
-    return {key: float(getattr(config, key)) for key in keys}
-
-
-def head_settings(config: TrialConfig) -> dict[str, Any]:
-    """The arguments of `build_head` that a trial sets."""
-    return {
-        "kind": config.head,
-        "seed": config.seed,
-        **{key: getattr(config, key) for key in HEADS[config.head].parameters},
-    }

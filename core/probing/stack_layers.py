@@ -1,13 +1,13 @@
-"""The forward pass of stacked heads: what their layers and dropout compute, and with which memory.
+"""What stacked heads compute: layers with dropout, their gradients, csra's attention, masks.
 
 Letters as in `core.probing.stack`: H heads, B batch, D features, P places of a map, K outputs of a
-layer, C classes, F = H x K outputs of the whole stack's first layer.
+layer, C classes, F = H x K outputs of a layer of the whole stack.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,115 +16,102 @@ from torch import Tensor
 
 from ..heads import attend
 
-Drop = Callable[[Tensor], Tensor]
+Drop = Callable[[Sequence[int]], Tensor]
+"""Masks [H, B, K] of a shape [B, K], each head's own: 0, or one over the probability to stay."""
 
 
-class _SharedProduct(torch.autograd.Function):
-    """The first layer of all heads, which read the same features, as one product [B, H * K].
+@dataclass(frozen=True, kw_only=True)
+class LayerInput:
+    """What a layer read in the forward pass."""
 
-    The gradient of the weights is written where it was the step before (`gradient_HKD`): fresh
-    memory for it costs a page fault every 4 KiB.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, features_BD: Tensor, weight_HKD: Tensor, bias_HK: Tensor, gradient_HKD: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(features_BD)
-        ctx.gradient = gradient_HKD
-        kind = features_BD.dtype
-        return F.linear(features_BD, weight_HKD.flatten(0, 1).to(kind), bias_HK.flatten().to(kind))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_BF,) = grads
-        (features_BD,) = ctx.saved_tensors
-        write_product(grad_BF.t(), features_BD, ctx.gradient.flatten(0, 1))
-        bias_grad_HK = grad_BF.sum(0, dtype=torch.float32).view(ctx.gradient.shape[:2])
-        return None, ctx.gradient, bias_grad_HK, None
-
-
-def _shared_product(
-    features_BD: Tensor, weight_HKD: Tensor, bias_HK: Tensor, gradient: Tensor | None
-) -> Tensor:
-    if gradient is None:
-        return F.linear(features_BD, weight_HKD.flatten(0, 1), bias_HK.flatten())
-    if torch.is_autocast_enabled(features_BD.device.type):
-        features_BD = features_BD.to(torch.get_autocast_dtype(features_BD.device.type))
-    product: Tensor = _SharedProduct.apply(features_BD, weight_HKD, bias_HK, gradient)
-    return product
-
-
-def linear_logits(weight_HKD: Tensor, bias_HK: Tensor, features_BD: Tensor) -> Tensor:
-    """Logits [B, H, C] (float32) of heads of one layer; the product is in the features' type."""
-    kind = features_BD.dtype
-    flat_BF = F.linear(features_BD, weight_HKD.flatten(0, 1).to(kind), bias_HK.flatten().to(kind))
-    return flat_BF.float().view(len(features_BD), *bias_HK.shape)
-
-
-def linear_gradients(
-    slopes_BHC: Tensor, features_BD: Tensor, gradient_HKD: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the weights, which are written to `gradient_HKD`, and of the biases of heads of
-    one layer, from those of their logits; the product is in the features' type."""
-    slopes_BF = slopes_BHC.flatten(1).to(features_BD.dtype)
-    write_product(slopes_BF.t(), features_BD, gradient_HKD.flatten(0, 1))
-    return gradient_HKD, slopes_BHC.sum(0)
-
-
-def write_product(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """`out` = left @ right, computed in the type that these have."""
-    if left.dtype == out.dtype:
-        torch.mm(left, right, out=out)
-    else:
-        out.copy_(left @ right)
+    values: Tensor
+    """[B, D] that all heads share, or [H, B, K] after dropout."""
+    masks_HBK: Tensor | None
 
 
 def layered_logits(
     layers: Sequence[tuple[Tensor, Tensor]],
     features_BD: Tensor,
-    drop: Drop | None,
-    gradient: Tensor | None,
+    *,
+    drop: Drop | None = None,
+    inputs: list[LayerInput] | None = None,
 ) -> Tensor:
-    """Logits [B, H, C] of heads of linear layers with ReLU between them.
+    """Logits [H, B, C] of heads of linear layers with ReLU between them, in the layers' type.
 
     Args:
         layers: weights [H, K, D] and biases [H, K] of each, first to last.
-        drop: dropout before each layer, if any: see `HeadStack._drop`.
-        gradient: where the gradient of the first weights is to be written, [H, K, D]; None where
-            none is wanted, or to let autograd find the memory.
+        features_BD: in the same type.
+        drop: dropout before each layer, if any.
+        inputs: gets what each layer read, for `write_gradients`.
     """
-    x_HBK: Tensor | None = None
+    x, y_HBK = features_BD, None
     for weight_HKD, bias_HK in layers:
-        if x_HBK is not None:
-            x_HBK = torch.relu(x_HBK)
+        if y_HBK is not None:
+            x = torch.relu(y_HBK)
+        masks_HBK = None
         if drop is not None:
-            x_HBK = drop(features_BD if x_HBK is None else x_HBK)
-        if x_HBK is None:
-            flat = _shared_product(features_BD, weight_HKD, bias_HK, gradient)
-            x_HBK = flat.view(len(features_BD), len(bias_HK), -1).transpose(0, 1)
+            masks_HBK = drop(x.shape[-2:]).to(x.dtype)
+            x = x * masks_HBK
+        if inputs is not None:
+            inputs.append(LayerInput(values=x, masks_HBK=masks_HBK))
+        if x.dim() == 2:  # One product for all heads.
+            flat_BF = F.linear(x, weight_HKD.flatten(0, 1), bias_HK.flatten())
+            y_HBK = flat_BF.view(len(x), *bias_HK.shape).transpose(0, 1)
         else:
-            # Weights on the left: their gradient comes out in their own memory order, and the
-            # update need not stride through it.
-            x_HKB = torch.baddbmm(bias_HK.unsqueeze(2), weight_HKD, x_HBK.transpose(1, 2))
-            x_HBK = x_HKB.transpose(1, 2)
-    assert x_HBK is not None
-    return x_HBK.transpose(0, 1)
+            y_HBK = torch.baddbmm(bias_HK.unsqueeze(1), x, weight_HKD.transpose(1, 2))
+    assert y_HBK is not None
+    return y_HBK
+
+
+def write_gradients(
+    weights: Sequence[Tensor],
+    inputs: Sequence[LayerInput],
+    slopes_HBC: Tensor,
+    gradients: Sequence[tuple[Tensor, Tensor]],
+) -> None:
+    """The way back through `layered_logits`.
+
+    Fresh memory for gradients would cost a page fault every 4 KiB: so they are written where they
+    were the step before.
+
+    Args:
+        weights: of each layer [H, K, D].
+        inputs: of each layer.
+        slopes_HBC: the gradient by the logits, float32.
+        gradients: where those of the weights (in the weights' type) and of the biases (float32)
+            of each layer go.
+    """
+    slopes_HBK = slopes_HBC
+    for place in reversed(range(len(weights))):
+        layer, (weight_gradient, bias_gradient) = inputs[place], gradients[place]
+        kind = layer.values.dtype
+        torch.sum(slopes_HBK, 1, dtype=torch.float32, out=bias_gradient)
+        if layer.values.dim() == 2:
+            slopes_FB = layer.values.new_empty(*bias_gradient.shape, len(layer.values))
+            slopes_FB.copy_(slopes_HBK.transpose(1, 2))
+            torch.mm(slopes_FB.flatten(0, 1), layer.values, out=weight_gradient.flatten(0, 1))
+        else:
+            slopes_HBK = slopes_HBK.to(kind)
+            torch.bmm(slopes_HBK.transpose(1, 2), layer.values, out=weight_gradient)
+        if place > 0:
+            slopes_HBK = torch.bmm(slopes_HBK, weights[place])
+            if layer.masks_HBK is not None:
+                slopes_HBK.mul_(layer.masks_HBK)
+            # Where ReLU gave zero (or a mask made one of it), nothing comes through.
+            slopes_HBK = torch.ops.aten.threshold_backward(slopes_HBK, layer.values, 0)
 
 
 def csra_logits(
-    layer: tuple[Tensor, Tensor],
-    settings: Mapping[str, Tensor],
-    features_BPD: Tensor,
-    gradient: Tensor | None,
+    layer: tuple[Tensor, Tensor], settings: Mapping[str, Tensor], features_BPD: Tensor
 ) -> Tensor:
-    """Logits [B, H, C] of csra heads on maps; `gradient` as for `layered_logits`."""
+    """Logits [H, B, C] (float32) of csra heads on maps."""
     weight_HCD, bias_HC = layer
-    scores = _shared_product(features_BPD.flatten(0, 1), weight_HCD, bias_HC, gradient)
+    scores = F.linear(features_BPD.flatten(0, 1), weight_HCD.flatten(0, 1), bias_HC.flatten())
     scores_BPHC = scores.float().view(*features_BPD.shape[:2], *bias_HC.shape)
     temperature = settings["csra_temperature"].view(1, 1, -1, 1)
     attention = settings["csra_lambda"].view(1, -1, 1)
-    return scores_BPHC.mean(1) + attention * attend(scores_BPHC, temperature, dim=1)
+    logits_BHC = scores_BPHC.mean(1) + attention * attend(scores_BPHC, temperature, dim=1)
+    return logits_BHC.transpose(0, 1)
 
 
 class Masks:

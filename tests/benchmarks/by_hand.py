@@ -40,11 +40,10 @@ class Data:
 def train_head(settings: Mapping[str, Any], data: Data) -> Iterator[float]:
     """The validation score after each epoch; it ends early if the head diverges."""
     from core.config import TrialConfig
-    from core.heads import build_head
+    from core.heads import build_head, head_settings
     from core.losses import LOSSES, class_weights
     from core.metrics import topk_recall
     from core.optimizers import OPTIMIZERS
-    from core.probing.stack import head_settings
     from core.schedules import rate_factors
 
     config = TrialConfig.from_dict(dict(settings))

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from core.config import TrialConfig
-from core.heads import HEADS, build_head
+from core.heads import HEADS, build_head, head_settings
 from core.losses import LOSSES, class_weights
 from core.optimizers import OPTIMIZERS
 from core.precision import BFLOAT16
-from core.probing.stack import HeadStack, head_settings
+from core.probing.stack import HeadStack
 from core.schedules import SCHEDULES, rate_factors
 
 N, D, P, C, BATCH, EPOCHS = 48, 12, 4, 5, 16, 4
@@ -110,10 +110,16 @@ def _train_alone(
     return losses, head.state_dict()
 
 
-def _train_stack(configs: list[TrialConfig]) -> tuple[HeadStack, list[list[float]]]:
+def _train_stack(
+    configs: list[TrialConfig], *, compiled: bool | None = None
+) -> tuple[HeadStack, list[list[float]]]:
     features, targets_NC = _data(HEADS[configs[0].head].spatial)
     stack = HeadStack(
-        configs, num_features=D, train_targets_NC=targets_NC, steps_per_epoch=-(-N // BATCH)
+        configs,
+        num_features=D,
+        train_targets_NC=targets_NC,
+        steps_per_epoch=-(-N // BATCH),
+        compiled=compiled,
     )
     losses: list[list[float]] = [[] for _ in configs]
     for rows in _batches(max(c.epochs for c in configs)):
@@ -144,8 +150,12 @@ def test_every_registered_choice_is_covered() -> None:
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_stacked_head_equals_head_alone(head: str, optimizer: str, loss: str) -> None:
-    """Every optimizer x loss x head, with several settings of each in one stack."""
+@pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "rules"])
+def test_stacked_head_equals_head_alone(
+    compiled: bool, head: str, optimizer: str, loss: str
+) -> None:
+    """Every optimizer x loss x head, with several settings of each in one stack; by a CPU's
+    kernels, and by what stands for them on other devices."""
     settings = itertools.product(OPTIMIZER_SETTINGS[optimizer], LOSS_SETTINGS[loss])
     configs = [
         TrialConfig(
@@ -162,7 +172,7 @@ def test_stacked_head_equals_head_alone(head: str, optimizer: str, loss: str) ->
         )
         for seed, (chosen, further) in enumerate(settings)
     ]
-    stack, losses = _train_stack(configs)
+    stack, losses = _train_stack(configs, compiled=compiled)
     _assert_equal(stack, losses, configs)
 
 

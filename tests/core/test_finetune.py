@@ -20,10 +20,9 @@ from core.encoding.inputs import feature_statistics
 from core.encoding.pooling import num_head_features
 from core.errors import InputError
 from core.finetuning.finetune import finetune
-from core.heads import build_head
+from core.heads import build_head, head_settings
 from core.metrics import topk_recall
 from core.models.classifier import PictureClassifier
-from core.probing.stack import head_settings
 from core.report import Metrics, Outcome, Status
 
 from .tiny_finetuning import SIZE, TRAIN, VALIDATION, C

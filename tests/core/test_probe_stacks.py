@@ -14,11 +14,11 @@ import torch
 
 from core.config import TrialConfig
 from core.encoding.inputs import feature_statistics
-from core.heads import build_head
+from core.heads import build_head, head_settings
 from core.images.views import VIEWS
 from core.probing import group, probe
 from core.probing.probe import train_probes
-from core.probing.stack import HeadStack, bytes_of_head, head_settings
+from core.probing.stack import HeadStack, bytes_of_head
 
 from .small_probes import (
     FEW,
@@ -186,14 +186,21 @@ def test_a_small_memory_makes_more_stacks_and_the_same_outcomes(
 
 @pytest.mark.parametrize("head", ["linear", "mlp", "csra"])
 def test_the_memory_of_a_head_covers_what_a_step_allocates(head: str) -> None:
-    """In the costliest loss and optimizer; it grows with batch and places."""
+    """In the costliest loss and optimizer, where no kernel saves memory; it grows with batch and
+    places."""
     sizes = {"hidden_sizes": (40, 30)} if head == "mlp" else {}
     config = dataclasses.replace(
         FEW, head=head, batch_size=64, loss="asymmetric", label_smoothing=0.1,
         class_weights="inverse", optimizer="rmsprop", **sizes,
     )  # fmt: skip
     num_places = 50 if head == "csra" else 1
-    stack = HeadStack([config], num_features=D, train_targets_NC=make_data()[1], steps_per_epoch=9)
+    stack = HeadStack(
+        [config],
+        num_features=D,
+        train_targets_NC=make_data()[1],
+        steps_per_epoch=9,
+        compiled=False,
+    )
     features = torch.randn((64, num_places, D) if head == "csra" else (64, D))
     stack.step(features, make_data()[1][:64])
     with torch.profiler.profile(profile_memory=True) as profile:

@@ -140,5 +140,5 @@ def test_lower_precision_trains_as_well_but_not_the_same() -> None:
         assert {t.dtype for t in other.state.values()} == {torch.float32}
         assert len(one.curve) == len(other.curve)
         for mine, theirs in zip(one.curve, other.curve, strict=True):
-            assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=0.03)
+            assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=0.05)
             assert mine["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=0.05)

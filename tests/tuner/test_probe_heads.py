@@ -18,10 +18,9 @@ import torch
 from core.config import TrialConfig
 from core.data.split import Split
 from core.data.table import Table
-from core.heads import build_head
+from core.heads import build_head, head_settings
 from core.metrics import topk_recall
 from core.probing.probe import train_probes
-from core.probing.stack import head_settings
 from tuner.spaces.file import parse_space
 from tuner.spaces.space import SearchSpace
 from tuner.studies.study import TrialRecord

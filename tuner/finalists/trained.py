@@ -46,9 +46,8 @@ def _probe(own: Context, study: Context, repeat: Repeat) -> Trained:
     from safetensors.torch import load_file
 
     from core.encoding.inputs import HeadInputs
-    from core.heads import build_head
+    from core.heads import build_head, head_settings
     from core.models.served import Member
-    from core.probing.stack import head_settings
 
     config = repeat.config
     train, _ = own.split.pairs()[0]
@@ -93,10 +92,9 @@ def _finetuned(own: Context, study: Context, repeat: Repeat) -> Trained:
     from safetensors.torch import load_file
 
     from core.encoding.pooling import num_head_features
-    from core.heads import HEADS, build_head
+    from core.heads import HEADS, build_head, head_settings
     from core.models.classifier import PictureClassifier, picture_logits
     from core.models.served import Member
-    from core.probing.stack import head_settings
 
     config = repeat.config
     device = prepare_worker(study)
@@ -136,6 +134,6 @@ def _finetuned(own: Context, study: Context, repeat: Repeat) -> Trained:
 
 
 def _head_spec(repeat: Repeat) -> dict[str, Any]:
-    from core.probing.stack import head_settings
+    from core.heads import head_settings
 
     return {k: v for k, v in head_settings(repeat.config).items() if k != "seed"}
