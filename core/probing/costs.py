@@ -1,7 +1,7 @@
 """About how long heads train: to share them out evenly among processes.
 
-Rough guesses for one core, which nobody promises to anyone: only their ratios count. Where they
-are wrong a core waits, and nothing else changes.
+Rough guesses for one core, which nobody promises to anyone: only their ratios count, and only
+until an epoch has been timed. Where they are wrong a core waits, and nothing else changes.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import itertools
 
 from ..config import TrialConfig
 
-SECONDS_A_STEP = 2e-4
+SECONDS_A_STEP = 1e-4
 """Of the calls of a step, which a stack takes together, so that a head of many costs less."""
-SECONDS_A_WEIGHT = 2e-9
+SECONDS_A_WEIGHT = 1e-9
 """Of updating it."""
-SECONDS_A_PRODUCT = 3e-11
+SECONDS_A_PRODUCT = 2e-11
 """Of multiplying one picture's feature by it, there and back."""
 DROPOUT_COST = 1.3
 """Drawing masks, by which the rest is multiplied."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..config import TrialConfig
 from ..encoding.inputs import FloatMatrix, HeadInputs
 from ..images.views import PLAIN, VIEWS
+from ..precision import without_denormals
 from ..report import Metrics, Outcome, Status
 from .fold import Fold, Task
 from .stack import HeadStack
@@ -64,6 +65,16 @@ class GroupState:
     best: dict[int, tuple[float, int]]
     seconds: dict[int, float]
     diverged: dict[int, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """What came of one, by place."""
+
+    metrics: dict[int, Metrics]
+    """Of the trials that did not diverge."""
+    seconds: dict[int, float]
+    """A trial's share of what its group took."""
 
 
 class GroupBuilder:
@@ -143,14 +154,14 @@ class Group:
         """Places of the trials still in the stack, in stack order."""
         return [self._places[m] for m in self.folds[0].stack.members]
 
-    def train_epoch(self, *, epoch: int) -> dict[int, Metrics]:
-        """One pass over the training rows and one look at the validation rows; the metrics of
-        the trials that did not diverge, by place."""
+    def train_epoch(self, *, epoch: int) -> Epoch:
+        """One pass over the training rows and one look at the validation rows."""
         running = self.running
         if not running:
-            return {}
+            return Epoch(metrics={}, seconds={})
         started = time.perf_counter()
-        folds = [fold.train_epoch(epoch) for fold in self.folds]
+        with without_denormals():
+            folds = [fold.train_epoch(epoch) for fold in self.folds]
         share = (time.perf_counter() - started) / len(running)
         latest: dict[int, Metrics] = {}
         improved = []
@@ -177,7 +188,7 @@ class Group:
                 improved.append(stack_place)
         for fold in self.folds:
             fold.stack.remember(improved)
-        return latest
+        return Epoch(metrics=latest, seconds=dict.fromkeys(running, share))
 
     def let_leave(
         self, *, epoch: int, stops: frozenset[int], keep_state: bool

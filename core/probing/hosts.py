@@ -9,7 +9,7 @@ Whoever hosts a group computes the same numbers.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Protocol, TypeVar
@@ -27,6 +27,8 @@ COPIES_BYTES = 1 << 30
 """Each process scales the features for itself: no more memory than this for the copies."""
 WORTH_MOVING = 0.9
 """A group moves if an epoch then takes less than this share of its time."""
+SETTLED = 2
+"""After this epoch groups are shared out by what they took: the first one also starts things."""
 
 T = TypeVar("T")
 
@@ -40,9 +42,9 @@ class Crew(Protocol):
         takes and returns can be pickled: another process may be the one to call it."""
         ...
 
-    def balance(self, ended: Collection[int]) -> None:
+    def balance(self, ended: Collection[int], seconds: Mapping[int, float]) -> None:
         """Share the groups out anew if that helps, now that the trials at these places have
-        ended."""
+        ended; `seconds` is what the epoch took, by place."""
         ...
 
 
@@ -75,7 +77,7 @@ class _InTurn:
     def each(self, function: Callable[[Group], T], /) -> list[T]:
         return [function(group) for group in self._groups]
 
-    def balance(self, ended: Collection[int]) -> None:
+    def balance(self, ended: Collection[int], seconds: Mapping[int, float]) -> None:
         pass
 
 
@@ -92,7 +94,8 @@ class _Shared:
         num_threads: int,
     ) -> None:
         self._seconds_of = [dict(part.seconds) for part in parts]
-        """Of the running trials of each part."""
+        """Of the running trials of each part: as guessed, then as the last epoch took."""
+        self._epochs = 0
         self._builder = GroupBuilder(sources, task, "cpu")
         self._helpers = helpers
         self._num_threads = num_threads
@@ -136,14 +139,16 @@ class _Shared:
 
         return [result for some in self._threads.map(of_thread, range(count)) for result in some]
 
-    def balance(self, ended: Collection[int]) -> None:
-        for seconds in self._seconds_of:
+    def balance(self, ended: Collection[int], seconds: Mapping[int, float]) -> None:
+        for of_part in self._seconds_of:
             for place in ended:
-                seconds.pop(place, None)
+                of_part.pop(place, None)
+            of_part.update({place: seconds[place] for place in of_part if place in seconds})
+        self._epochs += 1
         ready = self._helpers.look()
         for helper in ready:
             self._helpers.begin(helper, {})
-        if ready or ended:
+        if ready or ended or self._epochs == SETTLED:
             for key, host in moves(self._costs(), self._host_of, self._cores()).items():
                 self._move(key, host)
 

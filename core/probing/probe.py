@@ -108,8 +108,10 @@ def train_mixed_probes(
         while len(outcomes) < len(configs):
             epoch += 1
             latest: dict[int, Metrics] = {}
+            seconds: dict[int, float] = {}
             for news in crew.each(partial(Group.train_epoch, epoch=epoch)):
-                latest |= news
+                latest |= news.metrics
+                seconds |= news.seconds
             # In the order of places, however the heads were cut into parts.
             latest = dict(sorted(latest.items()))
             stops = frozenset(report(epoch, latest)) if latest else frozenset()
@@ -118,7 +120,7 @@ def train_mixed_probes(
             for some in crew.each(leave):
                 ended |= some
             outcomes |= ended
-            crew.balance(ended)
+            crew.balance(ended, seconds)
     return [outcomes[place] for place in range(len(configs))]
 
 
