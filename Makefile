@@ -89,6 +89,7 @@ $(STAMP): pyproject.toml constraints.txt $(if $(STANDS),,FORCE)
 	$(UV_INSTALL) --require-hashes --no-build --compile-bytecode --requirement constraints.txt
 	$(UV_INSTALL) --no-deps --no-build-isolation --editable .
 	@$(BIN)/python -m compileall -q core tuner
+	@$(BIN)/python -m core.kernels.ready
 	@rm $(STARTED)
 	@pwd -P > $(STAMP)
 

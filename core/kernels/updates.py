@@ -198,13 +198,14 @@ class UpdateKernel:
     function: Callable[..., None]
     """(weights_HK, grad_HK, narrow_grad_HK, copy_HK, slots, decay_H, *parameters, lr_H,
     step)"""
+    num_slots: int
     parameters: tuple[str, ...] = ()
 
 
 UPDATE_KERNELS: Mapping[str, UpdateKernel] = {
-    "sgd": UpdateKernel(function=sgd, parameters=("momentum", "nesterov")),
-    "adam": UpdateKernel(function=adam, parameters=("beta1", "beta2")),
-    "adamw": UpdateKernel(function=adamw, parameters=("beta1", "beta2")),
-    "rmsprop": UpdateKernel(function=rmsprop, parameters=("alpha",)),
+    "sgd": UpdateKernel(function=sgd, num_slots=1, parameters=("momentum", "nesterov")),
+    "adam": UpdateKernel(function=adam, num_slots=2, parameters=("beta1", "beta2")),
+    "adamw": UpdateKernel(function=adamw, num_slots=2, parameters=("beta1", "beta2")),
+    "rmsprop": UpdateKernel(function=rmsprop, num_slots=1, parameters=("alpha",)),
 }
 """By name, as in `core.optimizers.OPTIMIZERS`."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.ready import load_kernels
 from .group import Group, GroupBuilder
 from .helper_pool import READY, Apply, Begin, Give, Take
 
@@ -45,6 +46,7 @@ def main() -> None:
     with os.fdopen(os.dup(1), "wb") as output:
         os.dup2(2, 1)  # What is printed by accident goes where errors go.
         torch.set_num_threads(1)
+        load_kernels()
         hosted = Hosted()
         failure: Exception | None = None
         _send(output, READY)

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..config import TrialConfig
 from ..encoding.inputs import FloatMatrix, Rows
 from ..heads import structure
+from ..kernels.ready import load_kernels
 from ..precision import FLOAT32
 from ..report import CohortReport, Metrics, Outcome, keep_going
 from .costs import seconds_of_epoch
@@ -101,6 +102,8 @@ def train_mixed_probes(
         precision=precision,
         last_epoch=last_epoch,
     )
+    if torch.device(device).type == "cpu":
+        load_kernels()  # Before anything is timed.
     parts = _parts(sources, source_of, configs, task, device)
     outcomes: dict[int, Outcome] = {}
     epoch = 0

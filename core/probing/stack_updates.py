@@ -97,7 +97,7 @@ def _kernel_of(group: Weights, run: OptimizerRun, num_heads: int) -> Callable[[A
     return partial(
         kernel.function,
         *(array[run.heads] for array in arrays),
-        tuple(_rows(slot)[run.heads] for slot in group.slots[: OPTIMIZERS[run.name].num_slots]),
+        tuple(_rows(slot)[run.heads] for slot in group.slots[: kernel.num_slots]),
         decay_H if group.decaying else np.zeros_like(decay_H),
         *(run.settings[name].double().numpy() for name in kernel.parameters),
     )
