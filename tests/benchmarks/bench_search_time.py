@@ -30,7 +30,7 @@ from tuner.trials.cluster import Workers, cluster
 from tuner.trials.context import FeatureRequest
 
 BACKBONES = ["squeezenet1_1", "mobilenet_v2"]
-NUM_IMAGES, SECONDS, SEEDS = 3000, 70, 3
+NUM_IMAGES, SECONDS, SEEDS = 3000, 150, 3
 TRIALS = 100_000
 """More than the time allows: it is the budget."""
 VALIDATION_SHARE = 3
