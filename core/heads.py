@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import TrialConfig
 from .errors import unknown_name
 
 CSRA_MAX_TEMPERATURE = 98.0
@@ -129,20 +128,6 @@ def build_head(
     if seed is not None:
         _seed_weights(head, seed)
     return head
-
-
-def head_settings(config: TrialConfig) -> dict[str, Any]:
-    """The arguments of `build_head` that a trial sets."""
-    return {
-        "kind": config.head,
-        "seed": config.seed,
-        **{key: getattr(config, key) for key in HEADS[config.head].parameters},
-    }
-
-
-def structure(config: TrialConfig) -> tuple[object, ...]:
-    """What heads must share to be stacked."""
-    return (config.head, config.hidden_sizes, config.dropout > 0 and config.head != "csra")
 
 
 def _seed_weights(head: LayeredHead | CSRAHead, seed: int) -> None:

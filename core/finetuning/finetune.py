@@ -21,7 +21,7 @@ from ..config import TrialConfig
 from ..encoding.encoders import Encoder
 from ..encoding.inputs import Rows
 from ..errors import InputError
-from ..heads import head_settings
+from ..head_settings import head_settings
 from ..images.augment import Augmentation, mix, picture_seeds
 from ..images.pixels import Pictures
 from ..metrics import topk_recall

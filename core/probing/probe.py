@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..config import TrialConfig
 from ..encoding.inputs import FloatMatrix, Rows
-from ..heads import structure
+from ..head_settings import structure
 from ..kernels.ready import load_kernels
 from ..precision import FLOAT32
 from ..report import CohortReport, Metrics, Outcome, keep_going

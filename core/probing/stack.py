@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..config import TrialConfig
-from ..heads import HEADS, build_head, head_settings, structure
+from ..head_settings import head_settings, structure
+from ..heads import HEADS, build_head
 from ..losses import LOSSES, class_weights
 from ..optimizers import OPTIMIZERS, Settings
 from ..precision import FLOAT32, autocast, product_type

@@ -29,7 +29,7 @@ from core.config import TrialConfig
 from core.encoding.encoders import build_encoder
 from core.finetuning.finetune import finetune
 from core.finetuning.ranks import joined_ranks
-from core.heads import head_settings
+from core.head_settings import head_settings
 from core.models.classifier import build_classifier
 from core.precision import autocast, inference_precision
 

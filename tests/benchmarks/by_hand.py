@@ -40,7 +40,8 @@ class Data:
 def train_head(settings: Mapping[str, Any], data: Data) -> Iterator[float]:
     """The validation score after each epoch; it ends early if the head diverges."""
     from core.config import TrialConfig
-    from core.heads import build_head, head_settings
+    from core.head_settings import head_settings
+    from core.heads import build_head
     from core.losses import LOSSES, class_weights
     from core.metrics import topk_recall
     from core.optimizers import OPTIMIZERS

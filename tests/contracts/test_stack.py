@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from core.config import TrialConfig
-from core.heads import HEADS, build_head, head_settings
+from core.head_settings import head_settings
+from core.heads import HEADS, build_head
 from core.losses import LOSSES, class_weights
 from core.optimizers import OPTIMIZERS
 from core.precision import BFLOAT16

@@ -20,7 +20,8 @@ from core.encoding.inputs import feature_statistics
 from core.encoding.pooling import num_head_features
 from core.errors import InputError
 from core.finetuning.finetune import finetune
-from core.heads import build_head, head_settings
+from core.head_settings import head_settings
+from core.heads import build_head
 from core.metrics import topk_recall
 from core.models.classifier import PictureClassifier
 from core.report import Metrics, Outcome, Status

@@ -15,7 +15,8 @@ from core.encoding.backbones import Backbone
 from core.encoding.encoders import Encoder, build_encoder
 from core.errors import InputError
 from core.finetuning.out_of_memory import is_out_of_memory
-from core.heads import build_head, head_settings
+from core.head_settings import head_settings
+from core.heads import build_head
 from core.images.augment import Augmentation, mix, picture_seeds
 from core.metrics import topk_recall
 from core.precision import BFLOAT16

@@ -29,6 +29,7 @@ CORE_MAY_IMPORT = {
     "onnxruntime",
     "pandas",
     "safetensors",
+    "numba",
     "timm",
     "torch",
     "torchvision",

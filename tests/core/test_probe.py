@@ -16,7 +16,8 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from core.encoding.inputs import feature_statistics
-from core.heads import build_head, head_settings
+from core.head_settings import head_settings
+from core.heads import build_head
 from core.metrics import topk_recall
 from core.objectives import METRICS
 from core.probing.probe import train_probes

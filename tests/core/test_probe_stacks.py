@@ -14,7 +14,8 @@ import torch
 
 from core.config import TrialConfig
 from core.encoding.inputs import feature_statistics
-from core.heads import build_head, head_settings
+from core.head_settings import head_settings
+from core.heads import build_head
 from core.images.views import VIEWS
 from core.probing import group, probe
 from core.probing.probe import train_probes

@@ -117,7 +117,8 @@ def test_evaluate_agrees_with_the_study(place: Workplace, finished: str) -> None
     scores = json.loads(output[output.index("{") :])
     assert scores["split"] == "test"
     expected = parent.data.metrics["test_top3_accuracy"]
-    assert scores["top3_accuracy"] == pytest.approx(expected, abs=0.03)
+    # Of its 52 labels: the study's features may be in bfloat16, served ones are in float32.
+    assert scores["top3_accuracy"] == pytest.approx(expected, abs=2.5 / 52)
     assert scores["prior_baseline"] == parent.data.metrics["test_prior_baseline"]
 
 

@@ -18,7 +18,8 @@ import torch
 from core.config import TrialConfig
 from core.data.split import Split
 from core.data.table import Table
-from core.heads import build_head, head_settings
+from core.head_settings import head_settings
+from core.heads import build_head
 from core.metrics import topk_recall
 from core.probing.probe import train_probes
 from tuner.spaces.file import parse_space

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from core.config import TrialConfig
 from core.errors import InputError
-from core.heads import structure
+from core.head_settings import structure
 from core.report import Status
 
 from ..finalists.repeats import FOLDER, RECORD

@@ -46,7 +46,8 @@ def _probe(own: Context, study: Context, repeat: Repeat) -> Trained:
     from safetensors.torch import load_file
 
     from core.encoding.inputs import HeadInputs
-    from core.heads import build_head, head_settings
+    from core.head_settings import head_settings
+    from core.heads import build_head
     from core.models.served import Member
 
     config = repeat.config
@@ -92,7 +93,8 @@ def _finetuned(own: Context, study: Context, repeat: Repeat) -> Trained:
     from safetensors.torch import load_file
 
     from core.encoding.pooling import num_head_features
-    from core.heads import HEADS, build_head, head_settings
+    from core.head_settings import head_settings
+    from core.heads import HEADS, build_head
     from core.models.classifier import PictureClassifier, picture_logits
     from core.models.served import Member
 
@@ -134,6 +136,6 @@ def _finetuned(own: Context, study: Context, repeat: Repeat) -> Trained:
 
 
 def _head_spec(repeat: Repeat) -> dict[str, Any]:
-    from core.heads import head_settings
+    from core.head_settings import head_settings
 
     return {k: v for k, v in head_settings(repeat.config).items() if k != "seed"}
