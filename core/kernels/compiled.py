@@ -19,5 +19,12 @@ _FASTMATH = {"contract", "nsz", "arcp", "afn"}
 
 def compiled(function: F) -> F:
     """The function as machine code, which is made when it is first called with such types."""
-    decorate = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=_FASTMATH)
-    return cast(F, decorate(function))
+    try:
+        kernel = _kernel(function, cache=True)
+    except RuntimeError:  # There is no folder to keep it in: each process makes its own.
+        kernel = _kernel(function, cache=False)
+    return cast(F, kernel)
+
+
+def _kernel(function: F, *, cache: bool) -> Any:
+    return numba.njit(cache=cache, nogil=True, error_model="numpy", fastmath=_FASTMATH)(function)

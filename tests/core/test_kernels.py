@@ -11,6 +11,7 @@ import torch
 
 from core.config import TrialConfig
 from core.heads import HEADS
+from core.kernels.compiled import compiled
 from core.kernels.losses import LOSS_KERNELS
 from core.kernels.ranks import find_hits
 from core.kernels.ready import load_kernels
@@ -98,3 +99,19 @@ def test_a_weight_that_decays_becomes_zero_and_never_a_denormal() -> None:
     assert (weights == 0).all()
     # The thread computes with denormals again.
     assert torch.tensor(1e-30) * torch.tensor(1e-10) > 0
+
+
+def test_a_kernel_that_cannot_be_kept_is_compiled_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where the code is not to be written beside, nor anything in the person's home."""
+
+    def nowhere(self: object, py_func: object) -> None:
+        raise RuntimeError("cannot cache function: no locator available")
+
+    monkeypatch.setattr("numba.core.caching.FunctionCache.__init__", nowhere)
+
+    def double(x: float) -> float:
+        return 2 * x
+
+    assert compiled(double)(3.0) == 6.0
