@@ -189,8 +189,8 @@ def test_a_helper_that_starts_late_takes_over_groups(
 
     _check_same(_train(report=begin_late), threads)
     takes = [message for message in messages if isinstance(message, helper_pool.Take)]
-    assert takes
-    assert all(len(curve) == 1 for take in takes for curve in take.state.curves.values())
+    # Later ones may follow, as the clock has it.
+    assert {len(curve) for curve in takes[0].state.curves.values()} == {1}
 
 
 def test_groups_move_when_the_others_have_left(helper: Helper, messages: list[Any]) -> None:
