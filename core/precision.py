@@ -45,7 +45,7 @@ def without_denormals() -> Iterator[None]:
     numbers are, 1e-38 in float32.
 
     Weights that decay and get no gradient (of a ReLU that never opens) go through them, and a CPU
-    takes a hundred times as long for each.
+    takes many times as long for each.
     """
     torch.set_flush_denormal(True)
     try:
