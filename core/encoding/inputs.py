@@ -91,6 +91,7 @@ class HeadInputs:
         """Scaled features of these rows on the device: [B, D] or [B, P, D].
 
         `views` [B] says in which view each row is read; None: all in the plain one, which is 0.
+        Pooled features are kept in memory in each `dtype` that was asked for.
         """
         if self._copies:
             if dtype not in self._copies:

@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from ..precision import product_type
 from .fold import Task
 from .group import Group, GroupBuilder, Part, Source
 from .helper_pool import Helpers, lent_helpers
@@ -215,8 +216,10 @@ def _one_core_each() -> Iterator[None]:
 
 
 def _bytes_scaled(source: Source, task: Task) -> int:
-    """Of the features that a process holds in memory."""
+    """Of the features that a process holds in memory: in float32, and as products take them."""
     if source.features.ndim == 3:
         return 0  # Maps stay on disk.
     matrices = [source.features, *source.further_views.values()]
-    return 4 * len(task.folds) * sum(matrix.size for matrix in matrices)
+    types = {torch.float32, product_type(task.precision)}
+    each = sum(kind.itemsize for kind in types)
+    return each * len(task.folds) * sum(matrix.size for matrix in matrices)
