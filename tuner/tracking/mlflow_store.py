@@ -17,6 +17,7 @@ from urllib.parse import quote
 from core.errors import InputError
 
 from ..addresses import first_line, without_password
+from .mlflow_plugin import bulk_address
 from .sqlite_file import make_whole, sqlite_path
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def open_client(tracking_uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
     make_whole(tracking_uri)
-    return MlflowClient(tracking_uri=tracking_uri)
+    return MlflowClient(tracking_uri=bulk_address(tracking_uri), registry_uri=tracking_uri)
 
 
 def tracked_studies(uri: str, experiment: str) -> set[str]:
