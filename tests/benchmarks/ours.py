@@ -66,7 +66,6 @@ def space_of(
         {
             "name": "bench",
             "trials": trials,
-            "cohort_size": 32,
             "sampler": sampler,
             "pruner": "none",
             "parameters": {

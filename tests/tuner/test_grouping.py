@@ -94,6 +94,24 @@ def test_several_workers_share_a_round_by_what_it_reads(
         assert len({values["backbone"] for values in job["trials"]}) == 1
 
 
+def test_no_worker_of_several_gets_much_more_than_its_share(
+    features: dict[FeatureRequest, str], tmp_path: Path
+) -> None:
+    """One backbone in each: a round of 48 on two and on four workers, a small one on four."""
+
+    def sizes(trials: int, num_workers: int) -> list[int]:
+        parameters = {"backbone": "ffn", "epochs": 2, "batch_size": 8}
+        space = make_space(trials=trials, cohort_size=trials, parameters=parameters)
+        folder = tmp_path / f"{trials}-{num_workers}"
+        jobs = cohorts_of(space, features, folder, num_workers=num_workers)
+        assert sorted(n for job in jobs for n in job["numbers"]) == list(range(trials))
+        return [len(job["trials"]) for job in jobs]
+
+    assert sizes(48, 2) == [24, 24]
+    assert sizes(48, 4) == [12, 12, 12, 12]
+    assert sizes(12, 4) == [8, 4], "a stack of few heads is mostly calls"
+
+
 def test_features_that_do_not_fit_together_are_read_by_one_cohort_after_another(
     features: dict[FeatureRequest, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,13 +31,15 @@ class SamplerSpec:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+_STARTUP = "Trials drawn at random before the sampler learns from them."
+
+
 class StartupOptions(Options):
-    startup_trials: int = Field(
-        default=20, ge=1, description="Trials drawn at random before the sampler learns from them."
-    )
+    startup_trials: int = Field(default=20, ge=1, description=_STARTUP)
 
 
 class TpeOptions(StartupOptions):
+    startup_trials: int = Field(default=14, ge=1, description=_STARTUP)
     candidates: int = Field(
         default=24, ge=1, description="Points drawn a trial, of which the most promising is taken."
     )

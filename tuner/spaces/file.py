@@ -65,7 +65,9 @@ class PartSection(_Section):
     """What each part of a two-part space has, and a space of one part beside its name."""
 
     trials: int = Field(default=100, ge=1, description="How many trials, unless --trials is given.")
-    cohort_size: int = Field(default=32, ge=1, description="Trials asked for in one round.")
+    cohort_size: int = Field(
+        default=64, ge=1, description="Trials asked for in one round, at most."
+    )
     sampler: Any = Field(default="tpe", description="Who proposes trials.")
     pruner: Any = Field(
         default="successive_halving", description="Who stops trials that fall behind."

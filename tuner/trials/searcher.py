@@ -10,6 +10,7 @@ which misleads the sampler).
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ from ..goals.costs import ATTRIBUTE
 from ..goals.judge import ANYTHING_GOES, Judge
 from ..sampling.pareto_pruning import should_stop
 from ..sampling.pruners import PRUNERS
-from ..sampling.rounds import rest_of_round, round_size
+from ..sampling.rounds import SMALLEST_ROUND, rest_of_round, round_size
 from ..sampling.wilcoxon import fold_values
 from ..spaces.space import SearchSpace
 from ..studies.outcomes import OutcomeLog
@@ -317,14 +318,20 @@ class CohortSearcher(Searcher):
 
     def _grouped(self, members: Sequence[Member]) -> list[list[Member]]:
         """The trials that train together: those on the same features, and with one worker others,
-        too, as long as their features fit its memory together; in fine-tuning, each alone."""
+        too, as long as their features fit its memory together; in fine-tuning, each alone. Of
+        several workers none gets much more than its share of a round."""
         if self._space.mode == "finetune":
             return [[member] for member in members]
         by_request: dict[FeatureRequest, list[Member]] = {}
         for member in members:
             by_request.setdefault(member.request, []).append(member)
         if self._num_workers > 1:
-            return list(by_request.values())
+            share = max(SMALLEST_ROUND, math.ceil(len(members) / self._num_workers))
+            return [
+                some[start : start + share]
+                for some in by_request.values()
+                for start in range(0, len(some), share)
+            ]
         groups: list[list[Member]] = []
         held = 0
         for request, some in by_request.items():
