@@ -19,6 +19,7 @@ from ..images.views import PLAIN, VIEWS
 from ..precision import without_denormals
 from ..report import Metrics, Outcome, Status
 from .fold import Fold, Task
+from .kept_inputs import CohortInputs
 from .stack import HeadStack
 
 
@@ -81,11 +82,10 @@ class GroupBuilder:
     """Makes groups, new ones and those that another process began. What they read is scaled once
     for all that scale alike."""
 
-    def __init__(self, sources: Sequence[Source], task: Task, device: torch.device | str) -> None:
+    def __init__(self, sources: Sequence[Source], task: Task, inputs: CohortInputs) -> None:
         self._sources = sources
         self._task = task
-        self._device = device
-        self._inputs: dict[tuple[int, str], list[HeadInputs]] = {}
+        self._inputs = inputs
 
     def begin(self, part: Part) -> Group:
         """A part's group before its first epoch."""
@@ -117,20 +117,11 @@ class GroupBuilder:
         return Group(state, self._inputs_of(state.part), self._task)
 
     def _inputs_of(self, part: Part) -> list[HeadInputs]:
-        key = (part.source, part.first.feature_norm)
-        if key not in self._inputs:
-            source = self._sources[part.source]
-            self._inputs[key] = [
-                HeadInputs(
-                    source.features,
-                    norm=part.first.feature_norm,
-                    train_rows=train,
-                    device=self._device,
-                    further_views=list(source.further_views.values()),
-                )
-                for train, _ in self._task.folds
-            ]
-        return self._inputs[key]
+        """Of each fold."""
+        return [
+            self._inputs.of(part.source, norm=part.first.feature_norm, train_rows=train)
+            for train, _ in self._task.folds
+        ]
 
 
 class Group:

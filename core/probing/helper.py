@@ -13,6 +13,7 @@ import torch
 from ..kernels.ready import load_kernels
 from .group import Group, GroupBuilder
 from .helper_pool import READY, Apply, Begin, Give, Take
+from .kept_inputs import KeptInputs
 
 
 class Hosted:
@@ -21,12 +22,14 @@ class Hosted:
     def __init__(self) -> None:
         self._groups: dict[int, Group] = {}
         self._builder: GroupBuilder | None = None
+        self._kept = KeptInputs()
 
     def answer(self, message: Begin | Take | Give | Apply) -> Any:
         """Do what a message says; what is to be sent back if it is a question."""
         if isinstance(message, Begin):
             sources = [source.open() for source in message.sources]
-            self._builder = GroupBuilder(sources, message.task, "cpu")
+            inputs = self._kept.of_cohort(sources, "cpu")
+            self._builder = GroupBuilder(sources, message.task, inputs)
             self._groups = {key: self._builder.begin(p) for key, p in message.parts.items()}
         elif isinstance(message, Take):
             assert self._builder is not None

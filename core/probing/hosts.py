@@ -20,6 +20,7 @@ from ..precision import product_type
 from .fold import Task
 from .group import Group, GroupBuilder, Part, Source
 from .helper_pool import Helpers, lent_helpers
+from .kept_inputs import KeptInputs
 
 SWITCH_SECONDS = 0.0002
 """How long a thread keeps Python's lock while others want it (Python's own: 0.005): an operation
@@ -51,12 +52,16 @@ class Crew(Protocol):
 
 @contextmanager
 def side_by_side(
-    parts: Sequence[Part], sources: Sequence[Source], task: Task, device: torch.device | str
+    parts: Sequence[Part],
+    sources: Sequence[Source],
+    task: Task,
+    device: torch.device | str,
+    kept: KeptInputs,
 ) -> Iterator[Crew]:
     """The groups of these parts, on a CPU side by side on as many cores as torch has threads."""
+    builder = GroupBuilder(sources, task, kept.of_cohort(sources, device))
     num_threads = min(torch.get_num_threads(), len(parts))
     if torch.device(device).type != "cpu" or num_threads < 2:
-        builder = GroupBuilder(sources, task, device)
         yield _InTurn([builder.begin(part) for part in parts])
         return
     with ExitStack() as stack:
@@ -66,7 +71,7 @@ def side_by_side(
             lent_helpers(min(num_threads - 1, COPIES_BYTES // copy), sources, task)
         )
         stack.enter_context(_one_core_each())
-        yield stack.enter_context(_Shared(parts, sources, task, helpers, num_threads))
+        yield stack.enter_context(_Shared(parts, builder, helpers, num_threads))
 
 
 class _InTurn:
@@ -89,15 +94,14 @@ class _Shared:
     def __init__(
         self,
         parts: Sequence[Part],
-        sources: Sequence[Source],
-        task: Task,
+        builder: GroupBuilder,
         helpers: Helpers,
         num_threads: int,
     ) -> None:
         self._seconds_of = [dict(part.seconds) for part in parts]
         """Of the running trials of each part: as guessed, then as the last epoch took."""
         self._epochs = 0
-        self._builder = GroupBuilder(sources, task, "cpu")
+        self._builder = builder
         self._helpers = helpers
         self._num_threads = num_threads
         self._threads = ThreadPoolExecutor(num_threads)

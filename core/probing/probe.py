@@ -30,6 +30,7 @@ from .costs import seconds_of_epoch
 from .fold import Task
 from .group import Group, Part, Source
 from .hosts import side_by_side
+from .kept_inputs import KeptInputs
 from .stack import bytes_of_head, in_runs
 
 STACK_BYTES = 2 << 30
@@ -77,6 +78,7 @@ def train_mixed_probes(
     precision: str = FLOAT32,
     keep_state: bool = False,
     last_epoch: int | None = None,
+    kept: KeptInputs | None = None,
 ) -> list[Outcome]:
     """Train the head of every config on cached features and return what each came to.
 
@@ -93,6 +95,7 @@ def train_mixed_probes(
         keep_state: return the first fold's best weights with each outcome.
         last_epoch: end every trial after this epoch of its schedule, and keep that epoch's value
             and weights whatever validation says: for rows that it can say nothing about.
+        kept: scaled features of earlier calls, where they read the same files.
     """
     task = Task(
         targets_NC=targets_NC,
@@ -107,7 +110,7 @@ def train_mixed_probes(
     parts = _parts(sources, source_of, configs, task, device)
     outcomes: dict[int, Outcome] = {}
     epoch = 0
-    with side_by_side(parts, sources, task, device) as crew:
+    with side_by_side(parts, sources, task, device, kept or KeptInputs()) as crew:
         while len(outcomes) < len(configs):
             epoch += 1
             latest: dict[int, Metrics] = {}

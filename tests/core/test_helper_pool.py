@@ -21,6 +21,7 @@ from core.probing import helper_pool, hosts
 from core.probing.fold import Task
 from core.probing.group import Part, Source
 from core.probing.helper_pool import Helper, MatrixFile, by_name, end_helpers, start_helpers
+from core.probing.kept_inputs import KeptInputs
 from core.probing.probe import train_probes
 from core.report import Outcome, keep_going
 
@@ -291,7 +292,7 @@ def test_what_goes_wrong_in_a_helper_is_raised_here(helper: Helper) -> None:
     ]
     with (
         pytest.raises(AttributeError, match="no attribute 'nonsense'"),
-        hosts.side_by_side(parts, [Source(features=features)], task, "cpu") as crew,
+        hosts.side_by_side(parts, [Source(features=features)], task, "cpu", KeptInputs()) as crew,
     ):
         assert len(crew.each(operator.methodcaller("train_epoch", epoch=1))) == 2
         crew.each(_only_in_helpers)

@@ -8,6 +8,7 @@ answer waits in the channel. Nothing here knows Optuna or MLflow.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -26,6 +27,7 @@ from .context import Context, prepare_worker
 
 if TYPE_CHECKING:
     from core.probing.group import Source
+    from core.probing.kept_inputs import KeptInputs
 
 REPORT_SECONDS = 1.0
 """Between rungs a cohort reports at most this often, for the live table."""
@@ -140,7 +142,16 @@ def train_cohort(
         device=device,
         keep_state=keep_state,
         last_epoch=last_epoch,
+        kept=_kept_inputs(),
     )
+
+
+@functools.cache
+def _kept_inputs() -> KeptInputs:
+    """What this worker scaled for its latest cohort."""
+    from core.probing.kept_inputs import KeptInputs
+
+    return KeptInputs()
 
 
 def sources_of(
