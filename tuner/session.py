@@ -7,13 +7,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.data.split import Split
 from core.data.table import Table
 from core.errors import InputError
-from core.precision import inference_precision
 
 from .budgets.device_time import COSTS, FEATURES, DeviceMeter, devices_of_trial, open_meter
 from .budgets.model_costs import notes_of_costs
@@ -44,7 +42,7 @@ from .studies.study import Study, open_study
 from .tracking.delivery import Delivery
 from .tracking.tracker import Tracker, mlflow_delivery
 from .trials.cluster import Share, Workers
-from .trials.context import Context, FeatureRequest
+from .trials.context import Context, FeatureRequest, context_of
 from .trials.on_tune import run_trials
 from .views.live import StudyView
 from .views.steps import ExtractionView, showing_steps
@@ -146,7 +144,15 @@ def trials_run(
     view.announce(study.record.name, session.table, session.split)
     study.watch_storage(view)
     view.tracking_away = lambda: tracker.away
-    context = _context(study, session.home, session.table, session.split, plan, workers)
+    context = context_of(
+        study,
+        session.home,
+        session.table,
+        session.split,
+        rungs=plan.rungs,
+        device_type="cuda" if workers.gpus else "cpu",
+        num_threads=workers.num_threads,
+    )
     judge = _judge(session, study, space, context, workers, meter)
     plan = affordable(plan, space, judge)
     with ExitStack() as holds:
@@ -172,28 +178,6 @@ def trials_run(
         )
         learned = notes_of_finalists(study.folder, began, meter, workers=crew, mode=space.mode)
         keep_notes(session.home, session.console, learned)
-
-
-def _context(
-    study: Study, home: Home, table: Table, split: Split, plan: Plan, workers: Workers
-) -> Context:
-    record = study.record
-    return Context(
-        study=record.name,
-        table=table,
-        split=split,
-        pictures=table.picture_fingerprint(),
-        objective=study.space().objective,
-        seed=record.seed,
-        cache=home.cache,
-        folder=study.folder,
-        weights=record.weights,
-        weights_dir=Path(record.weights_dir) if record.weights_dir else None,
-        rungs=plan.rungs,
-        precision=inference_precision("cuda" if workers.gpus else "cpu"),
-        num_threads=workers.num_threads,
-        memory_bytes=home.memory_limit,
-    )
 
 
 def _up_to(study: Study, home: Home) -> list[Study]:

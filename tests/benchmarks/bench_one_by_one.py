@@ -73,6 +73,7 @@ def one_trial(
             mean = float(loss_of(logits, rows).mean()) if tracked else 0.0
             return mean, float(topk_recall(logits, targets_NC[rows]))
 
+    best = 0.0
     for epoch in range(config.epochs):
         order, total = rng.permutation(split["train"]), 0.0
         for start in range(0, len(order), config.batch_size):
@@ -84,7 +85,8 @@ def one_trial(
             if tracked:
                 total += float(mean.detach()) * len(rows)
         validation_loss, value = score(torch.from_numpy(split["validation"]))
-        report = {"epoch": epoch + 1, "value": value}
+        best = max(best, value)
+        report = {"epoch": epoch + 1, "value": value, "best": best}
         if tracked:
             report |= {
                 "train_loss": total / len(order),
@@ -137,7 +139,7 @@ def one_by_one(
     seconds = time.perf_counter() - started
     if results.num_errors:
         raise RuntimeError(f"{results.num_errors} trials failed: {results.errors[0]}")
-    return seconds, max(r.metrics["value"] for r in results if r.metrics)
+    return seconds, max(r.metrics["best"] for r in results if r.metrics)
 
 
 def main() -> None:

@@ -20,10 +20,11 @@ from mlflow.store.tracking.dbmodels.models import (
     SqlTag,
 )
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from mlflow.store.tracking.sqlalchemy_workspace_store import WorkspaceAwareSqlAlchemyStore
 from sqlalchemy import select
 
 from tuner.tracking.bulk_store import BulkStore
-from tuner.tracking.mlflow_plugin import bulk_address
+from tuner.tracking.mlflow_plugin import bulk_address, open_bulk_store
 from tuner.tracking.mlflow_store import open_client
 
 TABLES = (SqlMetric, SqlLatestMetric, SqlParam, SqlTag)
@@ -245,6 +246,19 @@ def test_two_who_write_one_run_at_once_lose_nothing(clients: dict[str, MlflowCli
     rows = rows_of(clients["ours"], run_id)
     assert len(rows["metrics"]) == len(CURVE)
     assert {row[:2] for row in rows["latest_metrics"]} == {("loss", 0.5), ("accuracy", 0.5)}
+
+
+def test_another_mlflow_than_the_tested_one_writes_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlflow.version.VERSION", "3.99.0")
+    assert type(open_bulk_store(f"tuner:sqlite:///{tmp_path}/mlflow.db")) is SqlAlchemyStore
+
+
+def test_workspaces_are_mlflows_own_affair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ENABLE_WORKSPACES", "true")
+    store = open_bulk_store(f"tuner:sqlite:///{tmp_path}/mlflow.db")
+    assert type(store) is WorkspaceAwareSqlAlchemyStore
 
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:5000", "mysql://host/db", "mlruns"])

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from core.config import TrialConfig
 from core.probing import helper_pool, hosts
 from core.probing.fold import Task
-from core.probing.group import Part, Source
+from core.probing.group import Group, Part, Source
 from core.probing.helper_pool import Helper, MatrixFile, by_name, end_helpers, start_helpers
 from core.probing.kept_inputs import KeptInputs
 from core.probing.probe import train_probes
@@ -276,7 +278,8 @@ def test_an_interruption_leaves_helpers_that_work(helper: Helper, sent: int | No
     _check_same(_train(), _train())
 
 
-def test_what_goes_wrong_in_a_helper_is_raised_here(helper: Helper) -> None:
+@contextmanager
+def _crew_of(parts: Sequence[Part]) -> Iterator[hosts.Crew]:
     features, targets_NC = _data()
     task = Task(
         targets_NC=targets_NC,
@@ -286,18 +289,45 @@ def test_what_goes_wrong_in_a_helper_is_raised_here(helper: Helper) -> None:
         precision="float32",
         last_epoch=None,
     )
-    parts = [
-        Part(configs={place: config}, seconds={place: 1.0})
-        for place, config in enumerate(_heads(2))
+    with hosts.side_by_side(parts, [Source(features=features)], task, "cpu", KeptInputs()) as crew:
+        yield crew
+
+
+def _one_each(seconds: Sequence[float]) -> list[Part]:
+    """Parts of a head each, and what their epochs are guessed to take."""
+    return [
+        Part(configs={place: config}, seconds={place: guess})
+        for place, (config, guess) in enumerate(zip(_heads(len(seconds)), seconds, strict=True))
     ]
+
+
+def test_what_goes_wrong_in_a_helper_is_raised_here(helper: Helper) -> None:
     with (
         pytest.raises(AttributeError, match="no attribute 'nonsense'"),
-        hosts.side_by_side(parts, [Source(features=features)], task, "cpu", KeptInputs()) as crew,
+        _crew_of(_one_each([1.0, 1.0])) as crew,
     ):
         assert len(crew.each(operator.methodcaller("train_epoch", epoch=1))) == 2
         crew.each(_only_in_helpers)
     _until(_all_ready)
     assert helper_pool._helpers[0].pid != helper.pid
+
+
+def test_groups_move_by_what_their_epochs_took(helper: Helper) -> None:
+    """As guessed, one head is worth three others; then the clock says that all are alike."""
+    with _crew_of(_one_each([3.0, 1.0, 1.0, 1.0])) as crew:
+        before = dict(crew.each(_where))
+        assert [place for place in before if before[place] == before[0]] == [0]
+        for _ in range(hosts.SETTLED):
+            crew.balance((), dict.fromkeys(before, 0.5))
+        after = dict(crew.each(_where))
+    assert sorted(Counter(after.values()).values()) == [2, 2]
+    assert set(after.values()) == {os.getpid(), helper.pid}
+
+
+def _where(group: Group) -> tuple[int, int]:
+    """A group's head, and the process that has it."""
+    (place,) = group.configs
+    return place, os.getpid()
 
 
 def _only_in_helpers(group: Any) -> None:

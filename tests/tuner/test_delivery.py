@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import tuner.tracking.delivery
-from tuner.tracking.delivery import Away, Delivery
+from tuner.tracking.delivery import NICENESS, Away, Delivery
 
 LONG = 60.0
 """Seconds that nothing here takes, even on a busy machine."""
@@ -174,3 +176,13 @@ def test_closing_waits_and_ends_the_thread(server: Server, delivery: Delivery) -
     _until(lambda: not any(thread.name == "delivery" for thread in threading.enumerate()))
     delivery.put(server.write(20))
     assert delivery.wait(LONG) and server.written[-1] == 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+def test_who_writes_lets_others_go_first(delivery: Delivery) -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before = niceness()
+    assert delivery.ask(niceness, limit=LONG) >= max(before, NICENESS)
+    assert niceness() == before

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     from core.encoding.encoders import Encoder
 
+    from ..home import Home
+    from ..studies.study import Study
+
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
@@ -61,6 +64,38 @@ class Context:
     def checkpoint_folder(self, number: int) -> Path:
         """Where fine-tuning trial `number` keeps its checkpoints while it runs."""
         return (self.outputs or self.folder) / "checkpoints" / f"{number:06d}"
+
+
+def context_of(
+    study: Study,
+    home: Home,
+    table: Table,
+    split: Split,
+    *,
+    rungs: tuple[int, ...],
+    device_type: str,
+    num_threads: int,
+) -> Context:
+    """What workers on devices of this type, with so many threads each, see of a study."""
+    from core.precision import inference_precision
+
+    record = study.record
+    return Context(
+        study=record.name,
+        table=table,
+        split=split,
+        pictures=table.picture_fingerprint(),
+        objective=study.space().objective,
+        seed=record.seed,
+        cache=home.cache,
+        folder=study.folder,
+        weights=record.weights,
+        weights_dir=Path(record.weights_dir) if record.weights_dir else None,
+        rungs=rungs,
+        precision=inference_precision(device_type),
+        num_threads=num_threads,
+        memory_bytes=home.memory_limit,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, order=True)

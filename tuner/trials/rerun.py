@@ -23,7 +23,7 @@ from core.report import Metrics, Outcome, Status
 
 from ..studies.outcomes import EndedTrial, OutcomeLog
 from ..studies.study import Study
-from .context import Context, FeatureRequest, request_of, view_requests
+from .context import Context, FeatureRequest, context_of, request_of, view_requests
 
 if TYPE_CHECKING:
     from ..home import Home
@@ -162,7 +162,6 @@ def _context(study: Study, home: Home) -> Context:
     import torch
 
     from core.data.split import Split
-    from core.precision import inference_precision
 
     from ..data import reread_table
     from .cluster import local_threads
@@ -170,21 +169,14 @@ def _context(study: Study, home: Home) -> Context:
     record = study.record
     data = dict(record.data)
     table = reread_table(data, skipped=record.skipped, fingerprint=record.fingerprint)
-    return Context(
-        study=record.name,
-        table=table,
-        split=Split.load(study.split_path, table),
-        pictures=table.picture_fingerprint(),
-        objective=study.space().objective,
-        seed=record.seed,
-        cache=home.cache,
-        folder=study.folder,
-        weights=record.weights,
-        weights_dir=Path(record.weights_dir) if record.weights_dir else None,
+    return context_of(
+        study,
+        home,
+        table,
+        Split.load(study.split_path, table),
         rungs=(),
-        precision=inference_precision("cuda" if torch.cuda.is_available() else "cpu"),
+        device_type="cuda" if torch.cuda.is_available() else "cpu",
         num_threads=local_threads(),
-        memory_bytes=home.memory_limit,
     )
 
 
